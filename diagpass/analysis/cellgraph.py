@@ -1,0 +1,95 @@
+"""A functional graph -> a :class:`~diagpass.ir.CellGraph`: the analysis stages in order.
+
+Of the possible choices of cells the one is kept whose schedule needs the fewest operations when each
+group is one batched call: that is what the choice is for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import torch.fx as fx
+
+from diagpass.analysis.cells import is_operation, propose
+from diagpass.analysis.dag import assign, dependencies
+from diagpass.analysis.kinds import find_kinds
+from diagpass.analysis.schedule import schedule
+from diagpass.capture.marks import Call
+from diagpass.ir import Cell, CellGraph
+
+log = logging.getLogger(__name__)
+
+
+def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGraph | None:
+    """Cut a functional graph into cells and glue.
+
+    Parameters
+    ----------
+    gm
+        A functional ATen graph with Dynamo's marks on its nodes.
+    globs
+        Module paths to take as cells instead of what the graph suggests.
+
+    Returns
+    -------
+    CellGraph or None
+        None if no module is repeated (or no path matches).
+    """
+    best: tuple[int, CellGraph] | None = None
+    for proposal in propose(gm.graph, globs):
+        owner, calls = assign(gm.graph, proposal)
+        found = _build(gm, owner, calls)
+        cost = _operations(found)
+        log.debug("cells %s...: %d cells, %d operations", calls[0].path, len(calls), cost)
+        if best is None or cost < best[0]:
+            best = (cost, found)
+    return None if best is None else best[1]
+
+
+def _build(gm: fx.GraphModule, owner: dict[fx.Node, int], calls: list[Call]) -> CellGraph:
+    nodes: dict[int, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node in owner:
+            nodes.setdefault(owner[node], []).append(node)
+    dag = dependencies(gm.graph, owner)
+    places = _coordinates(calls, dag)
+    cells = tuple(
+        Cell(index, call.path, *places[index], tuple(nodes[index]))
+        for index, call in enumerate(calls)
+    )
+    return CellGraph(gm, cells, find_kinds(cells), owner, dag)
+
+
+def _coordinates(calls: list[Call], dag) -> list[tuple[int, int]]:
+    """Layer and segment of each cell, for people to read; schedules do not depend on them.
+
+    Where every module is called once a segment, the segment is the call count. Where one module serves
+    as several layers, a segment begins at a call of the first module that does not read the cell
+    before it.
+    """
+    paths = list(dict.fromkeys(call.path for call in calls))
+    times = Counter(call.path for call in calls)
+    if len(paths) > 1 and len(set(times.values())) == 1:
+        return [(paths.index(call.path), call.count) for call in calls]
+    places, segment, layer = [], 0, -1
+    seen: set[str] = set()
+    for index, call in enumerate(calls):
+        repeated = len(paths) > 1 and call.path in seen and call.path == paths[0]
+        fresh = index > 0 and call.path == paths[0] and not dag.has_edge(index - 1, index)
+        if repeated or fresh:
+            segment, layer = segment + 1, -1
+            seen = set()
+        seen.add(call.path)
+        layer += 1
+        places.append((layer, segment))
+    return places
+
+
+def _operations(cells: CellGraph) -> int:
+    """How many calls the schedule makes: one per operation of a group, one per operation of glue."""
+    size = {kind.index: len(cells.cells[kind.cells[0]].nodes) for kind in cells.kinds}
+    batched = sum(size[group.kind] for wave in schedule(cells).waves for group in wave.groups)
+    glue = sum(is_operation(node) and node not in cells.owner for node in cells.graph.graph.nodes)
+    return batched + glue

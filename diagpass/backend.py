@@ -1,0 +1,261 @@
+"""The ``diagonal`` backend of ``torch.compile``, and the builder of plans behind both faces.
+
+    torch.compile(model, backend="diagonal", options={"compiler": "eager"})
+
+Dynamo finds it by entry point: nothing need be imported. A *plan* is what one captured graph became:
+its analysis and the program that runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._guards import CompileContext, TracingContext
+
+from diagpass import pipeline
+from diagpass.capture import dynamo, functional
+from diagpass.errors import CaptureError, DiagpassWarning
+from diagpass.options import Options
+from diagpass.pipeline import Analysis, Refusal, RunSequentially
+from diagpass.report import Report, make_report
+
+log = logging.getLogger(__name__)
+
+MAX_SHAPES = 16  # programs kept per captured graph with symbolic sizes
+
+
+class FoundCounters(Exception):
+    """Aborts a capture that read Python counters as constants; it is to be started anew."""
+
+    def __init__(self, sources: set[str]) -> None:
+        super().__init__(", ".join(sorted(sources)))
+        self.sources = sources
+
+
+class OnlyAnalysed(Exception):
+    """Carries the analysis out of a capture from which nothing is to be run."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        super().__init__("analysed")
+        self.analysis = analysis
+
+
+class OnlyCaptured(Exception):
+    """Raised in place of running a plan that was captured ahead of its first call."""
+
+
+@dataclasses.dataclass
+class Session:
+    """What the plans of one transformed model have in common.
+
+    ``symbols`` are sources of Python counters, kept symbolic; ``hold`` stops programs from running (the
+    capture ahead of the first call).
+    """
+
+    options: Options
+    captures: int = 0
+    plans: int = 0
+    last: Report | None = None
+    symbols: set[str] = dataclasses.field(default_factory=set)
+    hold: bool = False
+    analyse_only: bool = False
+    restart_for_counters: bool = False
+    warned: set[str] = dataclasses.field(default_factory=set)
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Dynamo's call: a captured graph in, a program out."""
+        self.captures += 1
+        if self.restart_for_counters:
+            fresh = dynamo.counters() - self.symbols
+            if fresh:
+                raise FoundCounters(fresh)
+        weights = [_is_weight(node, value) for node, value in _inputs(gm, inputs)]
+        if any(_is_symbolic(value) for value in inputs):
+            return self._run(_PerShape(self, gm, weights))
+        return self._run(self.plan(gm, inputs, weights))
+
+    def plan(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[bool]
+    ) -> tuple[Callable[..., Any], Report]:
+        """Analyse a captured graph and make its program, sequential where it must be."""
+        found: list[Analysis] = []
+
+        def lower(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+            analysis = pipeline.analyse(graph, self.options)
+            if self.analyse_only:
+                raise OnlyAnalysed(analysis)
+            forced = self.options.schedule == "wavefront" and analysis.may_be_forced
+            wanted = self.options.schedule != "sequential"
+            if not wanted or (analysis.refusal is not None and not forced):
+                raise RunSequentially(analysis)
+            program, analysis = pipeline.lower(
+                graph, analysis, _functional_weights(graph, weights), self.options
+            )
+            found.append(analysis)
+            return program
+
+        self.plans += 1
+        try:
+            program = functional.functionalize(gm, inputs, lower)
+        except RunSequentially as stop:
+            if self.options.schedule != "sequential":
+                self.refuse(stop.analysis.refusal)
+            return gm.forward, make_report(stop.analysis, "sequential")
+        for note in found[0].notes:
+            self.warn(note)
+        return program, make_report(found[0], "wavefront")
+
+    def refuse(self, refusal: Refusal | None) -> None:
+        """Warn, or raise in strict mode, that the model runs sequentially."""
+        if refusal is None:
+            return
+        if self.options.strict:
+            raise refusal.error(refusal.reason)
+        self.warn(f"running sequentially: {refusal.reason}")
+
+    def warn(self, message: str) -> None:
+        """Warn once per message."""
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, DiagpassWarning, stacklevel=2)
+
+    def report(self) -> Report | None:
+        """The report of the plan that ran last, with today's counts."""
+        if self.last is None:
+            return None
+        return dataclasses.replace(self.last, captures=self.captures, plans=self.plans)
+
+    def _run(self, made: Any) -> Callable[..., Any]:
+        """A program that says, when it runs, that it is the last one."""
+        choose = made if callable(made) else None
+        if choose is None:
+            self.last = self.last or made[1]
+
+        def run(*args: Any) -> Any:
+            program, report = choose(args) if choose is not None else made
+            if self.hold:
+                self.last = report
+                raise OnlyCaptured
+            result = program(*args)
+            self.last = report
+            return result
+
+        return run
+
+
+class _PerShape:
+    """One captured graph with symbolic sizes: a program per set of sizes, the latest few kept."""
+
+    def __init__(self, session: Session, gm: fx.GraphModule, weights: Sequence[bool]) -> None:
+        self._make = functools.partial(session.plan, gm, weights=weights)
+        self._made: dict[tuple, Any] = {}
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Callable[..., Any], Report]:
+        key = tuple(
+            (arg.shape, arg.stride()) if isinstance(arg, torch.Tensor) else arg for arg in args
+        )
+        if key not in self._made:
+            if len(self._made) >= MAX_SHAPES:
+                self._made.pop(next(iter(self._made)))
+                log.info("dropped the oldest of %d plans", MAX_SHAPES)
+            self._made[key] = self._make(inputs=args)
+        return self._made[key]
+
+
+def _inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[tuple[fx.Node, Any]]:
+    return list(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+
+
+def _is_weight(node: fx.Node, value: Any) -> bool:
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    grapharg = node.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    return (
+        source is not None
+        and isinstance(value, torch.Tensor)
+        and "_buffers" in dynamo.source_name(source)
+    )
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return any(not isinstance(size, int) for size in value.shape)
+    return False
+
+
+def _functional_weights(graph: fx.GraphModule, weights: Sequence[bool]) -> list[bool]:
+    """Which inputs of the functional graph are weights: those of the captured graph, not mutated."""
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(weights):  # AOTAutograd regrouped the inputs: claim nothing
+        return [False] * len(placeholders)
+    context = TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None)
+    mutated = set(getattr(metadata, "mutated_inp_runtime_indices", ()) or ())
+    return [is_weight and at not in mutated for at, is_weight in enumerate(weights)]
+
+
+def diagonal(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend function that ``torch.compile(model, backend="diagonal")`` finds.
+
+    Parameters
+    ----------
+    gm, example_inputs
+        The captured graph and its inputs, from Dynamo.
+    mode
+        Accepted for the signature; diagpass has no modes.
+    options
+        As for :func:`diagpass.transform`; ``weights`` is ``"copy"`` unless given.
+
+    Returns
+    -------
+    Callable
+        Runs the graph.
+
+    Raises
+    ------
+    DiagpassError
+        With ``strict``; Dynamo makes it the ``inner_exception`` of its own error.
+    """
+    session = Session(Options.parse(options, weights="copy"))
+    broken = dynamo.graph_break()
+    if broken is not None:
+        reason = f"the model could not be captured as one graph: {broken[0]} ({broken[1]})"
+        if session.options.strict:
+            raise CaptureError(reason)
+        session.warn(f"running sequentially: {reason}")
+        return gm.forward
+    if dynamo.is_resumed():
+        return gm.forward
+    _watch_recompiles(session)
+    return session.compile(gm, example_inputs)
+
+
+def _watch_recompiles(session: Session) -> None:
+    """Say so before Dynamo's limit makes it run the model eagerly with a log line of its own only."""
+    limit = torch._dynamo.config.recompile_limit
+    current = CompileContext.current_compile_id()
+    if current is None or current.frame_compile_id is None:
+        return
+    if dynamo.counters() and not torch._dynamo.config.allow_unspec_int_on_nn_module:
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        log.info("set torch._dynamo.config.allow_unspec_int_on_nn_module: the model has counters")
+    if current.frame_compile_id + 1 >= limit:
+        session.warn(
+            f"this is capture {current.frame_compile_id + 1} of the same code; at Dynamo's limit of {limit} "
+            "(torch._dynamo.config.recompile_limit) it stops compiling and runs the model eagerly. Run "
+            'with TORCH_LOGS="recompiles" to see what changes, or use diagpass.transform'
+        )

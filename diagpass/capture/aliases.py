@@ -1,0 +1,328 @@
+"""Read through aggregates, so that a value depends on what it holds and on nothing else.
+
+State is often kept in one tensor for all layers, written with ``state[l] = new`` and read with
+``state[l]``. In a functional graph each write is a scatter into the whole tensor, so that every read
+seems to depend on every earlier write, and the wavefront's width is hidden. This stage rewrites
+
+    select(stack), select(cat), slice(cat), slice(slice_scatter), select(select_scatter), slice(roll),
+    getitem(split), getitem(unbind), copy, clone, alias, detach
+
+to read the piece itself. Only data movement is touched, so values stay bitwise equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+_SAME_VALUE = {
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift.default,
+    aten.lift_fresh.default,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fragment:
+    """``source[start:stop]`` along the dimension in question; a unit lacks that dimension."""
+
+    source: fx.Node
+    start: int
+    stop: int
+    unit: bool = False
+
+
+def forward_aliases(gm: fx.GraphModule) -> int:
+    """Rewrite reads of aggregates in place.
+
+    Returns
+    -------
+    int
+        The number of reads that now bypass an aggregate.
+    """
+    changed = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or not node.users:
+            continue
+        replacement = _replacement(gm.graph, node)
+        if replacement is not None and replacement is not node:
+            replacement = _same_layout(gm.graph, node, replacement)
+            node.replace_all_uses_with(replacement)
+            changed += 1
+    if changed:
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
+    log.debug("forwarded %d reads through aggregates", changed)
+    return changed
+
+
+def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """The node that holds the same value with fewer dependencies, or None."""
+    if node.target in _SAME_VALUE:
+        return node.args[0]  # type: ignore[return-value]
+    if node.target is aten.copy.default:
+        return _copied(graph, node)
+    read = _as_range(node)
+    if read is None:
+        return None
+    source, dim, start, stop, drop_dim = read
+    fragments = _locate(source, dim, start, stop)
+    if [fragment.source for fragment in fragments] == [source]:
+        return None
+    if len(fragments) > 1 and {f.source for f in fragments} == _leaves(source, dim):
+        return None  # nothing gained: it still reads every piece
+    return _build(graph, node, fragments, dim, drop_dim)
+
+
+def _as_range(node: fx.Node) -> tuple[fx.Node, int, int, int, bool] | None:
+    """``node`` as ``source[start:stop]`` along ``dim``; the flag says whether dim is dropped."""
+    args = node.args
+    if node.target is aten.select.int:
+        source, dim, index = args
+        if not _static(source) or not isinstance(index, int):
+            return None
+        dim, size = _dim_size(source, dim)
+        return source, dim, index % size, index % size + 1, True
+    if node.target is aten.slice.Tensor:
+        found = _slice_range(node)
+        return None if found is None else (*found, False)
+    if node.target is operator.getitem and isinstance(args[0], fx.Node):
+        parent, index = args
+        if not isinstance(index, int) or parent.op != "call_function" or not parent.args:
+            return None
+        source = parent.args[0]
+        if not _static(source):
+            return None
+        if parent.target is aten.unbind.int:
+            dim, size = _dim_size(source, _argument(parent, 1, "dim", 0))
+            return source, dim, index % size, index % size + 1, True
+        if parent.target in (aten.split.Tensor, aten.split_with_sizes.default):
+            dim, size = _dim_size(source, _argument(parent, 2, "dim", 0))
+            sizes = parent.args[1]
+            if isinstance(sizes, int):
+                start = index * sizes
+                return source, dim, start, min(start + sizes, size), False
+            if all(isinstance(length, int) for length in sizes):
+                start = sum(sizes[:index])
+                return source, dim, start, start + sizes[index], False
+    return None
+
+
+def _slice_range(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+    source = node.args[0]
+    start = _argument(node, 2, "start", None)
+    stop = _argument(node, 3, "end", None)
+    step = _argument(node, 4, "step", 1)
+    if not _static(source) or step != 1:
+        return None
+    dim, size = _dim_size(source, _argument(node, 1, "dim", 0))
+    bounds = _clamp(start, stop, size)
+    return None if bounds is None else (source, dim, *bounds)
+
+
+def _clamp(start: Any, stop: Any, size: int) -> tuple[int, int] | None:
+    start = 0 if start is None else start
+    stop = size if stop is None else stop
+    if not isinstance(start, int) or not isinstance(stop, int):
+        return None
+    start = min(max(start + size if start < 0 else start, 0), size)
+    stop = min(max(stop + size if stop < 0 else stop, start), size)
+    return start, stop
+
+
+def _pieces(node: fx.Node, dim: int) -> list[_Fragment] | None:
+    """``node`` as a concatenation along ``dim`` of parts of other nodes, or None if it is a leaf."""
+    if node.op != "call_function" or not _static(node):
+        return None
+    target, args = node.target, node.args
+    size = node.meta["val"].shape[dim]
+    if target in _SAME_VALUE or target is aten.clone.default:
+        return [_Fragment(args[0], 0, size)] if _static(args[0]) else None
+    if target is aten.copy.default and _same_type(node, args[1]):
+        return [_Fragment(args[1], 0, size)]
+    if target is aten.cat.default:
+        if _dim_size(node, _argument(node, 1, "dim", 0))[0] != dim:
+            return None
+        if not all(_static(part) and part.meta["val"].dim() == node.meta["val"].dim() for part in args[0]):
+            return None
+        if any(part.meta["val"].dtype != node.meta["val"].dtype for part in args[0]):
+            return None
+        return [_Fragment(part, 0, part.meta["val"].shape[dim]) for part in args[0]]
+    if target is aten.stack.default:
+        if _dim_size(node, _argument(node, 1, "dim", 0))[0] != dim:
+            return None
+        if any(part.meta["val"].dtype != node.meta["val"].dtype for part in args[0]):
+            return None
+        return [_Fragment(part, 0, 1, unit=True) for part in args[0]]
+    if target is aten.unsqueeze.default:
+        same = _dim_size(node, args[1])[0] == dim
+        return [_Fragment(args[0], 0, 1, unit=True)] if same else None
+    if target is aten.select_scatter.default:
+        base, source = args[:2]
+        at, _ = _dim_size(node, _argument(node, 2, "dim", None))
+        index = _argument(node, 3, "index", None)
+        if at != dim or not isinstance(index, int) or not _static(base):
+            return None
+        index %= size
+        parts = [
+            _Fragment(base, 0, index),
+            _Fragment(source, 0, 1, unit=True),
+            _Fragment(base, index + 1, size),
+        ]
+        return [part for part in parts if part.start < part.stop]
+    if target is aten.slice_scatter.default:
+        base, source = args[:2]
+        at, _ = _dim_size(node, _argument(node, 2, "dim", 0))
+        bounds = _clamp(_argument(node, 3, "start", None), _argument(node, 4, "end", None), size if at == dim else node.meta["val"].shape[at])
+        if bounds is None or _argument(node, 5, "step", 1) != 1 or not _static(base):
+            return None
+        start, stop = bounds
+        if (start, stop) == (0, node.meta["val"].shape[at]):
+            return [_Fragment(source, 0, size)]
+        if at != dim:
+            return None
+        parts = [
+            _Fragment(base, 0, start),
+            _Fragment(source, 0, stop - start),
+            _Fragment(base, stop, size),
+        ]
+        return [part for part in parts if part.start < part.stop]
+    if target is aten.roll.default:
+        shifts, dims = args[1], _argument(node, 2, "dims", [])
+        if len(shifts) != 1 or len(dims) != 1 or not isinstance(shifts[0], int) or size == 0:
+            return None
+        if _dim_size(node, dims[0])[0] != dim:
+            return None
+        cut = (-shifts[0]) % size
+        parts = [_Fragment(args[0], cut, size), _Fragment(args[0], 0, cut)]
+        return [part for part in parts if part.start < part.stop]
+    found = _slice_range(node) if target is aten.slice.Tensor else None
+    if found is not None:
+        source, at, start, stop = found
+        if at == dim:
+            return [_Fragment(source, start, stop)]
+        if (start, stop) == (0, source.meta["val"].shape[at]):
+            return [_Fragment(source, 0, size)]
+    return None
+
+
+def _locate(node: fx.Node, dim: int, start: int, stop: int) -> list[_Fragment]:
+    """``node[start:stop]`` along ``dim`` as fragments of nodes that cannot be taken apart."""
+    pieces = _pieces(node, dim)
+    if pieces is None:
+        return [_Fragment(node, start, stop)]
+    found: list[_Fragment] = []
+    offset = 0
+    for piece in pieces:
+        length = piece.stop - piece.start
+        low, high = max(start - offset, 0), min(stop - offset, length)
+        offset += length
+        if low >= high:
+            continue
+        if piece.unit:
+            found.append(piece)
+        else:
+            found += _locate(piece.source, dim, piece.start + low, piece.start + high)
+    return found or [_Fragment(node, start, stop)]
+
+
+def _leaves(node: fx.Node, dim: int) -> set[fx.Node]:
+    return {fragment.source for fragment in _locate(node, dim, 0, node.meta["val"].shape[dim])}
+
+
+def _build(
+    graph: fx.Graph, node: fx.Node, fragments: list[_Fragment], dim: int, drop_dim: bool
+) -> fx.Node:
+    """Emit the fragments just before ``node``."""
+    with graph.inserting_before(node):
+        if drop_dim:
+            (only,) = fragments
+            if only.unit:
+                return only.source
+            return _emit(graph, node, aten.select.int, (only.source, dim, only.start))
+        parts = []
+        for fragment in fragments:
+            source = fragment.source
+            if fragment.unit:
+                parts.append(_emit(graph, node, aten.unsqueeze.default, (source, dim)))
+            elif (fragment.start, fragment.stop) == (0, source.meta["val"].shape[dim]):
+                parts.append(source)
+            else:
+                args = (source, dim, fragment.start, fragment.stop)
+                parts.append(_emit(graph, node, aten.slice.Tensor, args))
+        return parts[0] if len(parts) == 1 else _emit(graph, node, aten.cat.default, (parts, dim))
+
+
+def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """``copy(destination, source)`` holds the source's values alone."""
+    source = node.args[1]
+    if not _static(source) or not _static(node):
+        return None
+    if _same_type(node, source):
+        return source
+    value, wanted = source.meta["val"], node.meta["val"]
+    with graph.inserting_before(node):
+        if value.dtype != wanted.dtype or value.device != wanted.device:
+            kwargs = {"dtype": wanted.dtype, "device": wanted.device}
+            source = _emit(graph, node, aten._to_copy.default, (source,), kwargs)
+        if value.shape != wanted.shape:
+            source = _emit(graph, node, aten.expand.default, (source, list(wanted.shape)))
+    return source
+
+
+def _same_layout(graph: fx.Graph, node: fx.Node, replacement: fx.Node) -> fx.Node:
+    """Keep a contiguous value contiguous, so that kernels choose the same path as before."""
+    before, after = node.meta.get("val"), replacement.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return replacement
+    if before.is_contiguous() and not after.is_contiguous():
+        with graph.inserting_before(node):
+            kwargs = {"memory_format": torch.contiguous_format}
+            return _emit(graph, node, aten.clone.default, (replacement,), kwargs)
+    return replacement
+
+
+def _emit(
+    graph: fx.Graph, like: fx.Node, target: Any, args: tuple, kwargs: dict | None = None
+) -> fx.Node:
+    """A new call with its example value; its place in the module tree is that of ``like``."""
+    new = graph.call_function(target, args, kwargs or {})
+    values = fx.node.map_arg((args, kwargs or {}), lambda arg: arg.meta["val"])
+    new.meta = {key: value for key, value in like.meta.items() if key != "val"}
+    new.meta["val"] = target(*values[0], **values[1])
+    return new
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def _static(node: Any) -> bool:
+    """Whether the node holds one tensor with sizes that are plain ints."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and all(type(size) is int for size in value.shape)
+
+
+def _dim_size(node: fx.Node, dim: int) -> tuple[int, int]:
+    shape = node.meta["val"].shape
+    dim %= len(shape)
+    return dim, shape[dim]
+
+
+def _same_type(node: fx.Node, source: Any) -> bool:
+    if not _static(source) or not _static(node):
+        return False
+    left, right = node.meta["val"], source.meta["val"]
+    return (left.shape, left.dtype, left.device) == (right.shape, right.dtype, right.device)

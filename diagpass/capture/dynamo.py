@@ -1,0 +1,122 @@
+"""Python -> FX graph: how Dynamo is called, and what it says when it cannot.
+
+``settings`` are the Dynamo options under which our captures are sound (hooks are guarded) and stable
+(counters do not recompile). ``counters`` finds Python counters while a capture is under way, so that it
+can be started anew with them as symbols.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of 8
+
+
+def settings(symbols: Collection[str] = ()) -> contextlib.AbstractContextManager:
+    """The configuration for capturing and running; ``symbols`` are sources to keep symbolic."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(
+        dynamo_config.patch(
+            allow_unspec_int_on_nn_module=True,
+            allow_rnn=True,
+            skip_nnmodule_hook_guards=False,
+            recompile_limit=MANY,
+            accumulated_recompile_limit=MANY,
+        )
+    )
+    if symbols:
+        pattern = ",".join(f"{re.escape(name)}$" for name in sorted(symbols))
+        stack.enter_context(torch.compiler.config.patch(dynamic_sources=pattern))
+    return stack
+
+
+def source_name(source: Any) -> str:
+    """Dynamo's name of a source, such as ``L['self'].count``; a property since torch 2.12."""
+    name = source.name
+    return name() if callable(name) else name
+
+
+def counters() -> set[str]:
+    """Sources of int attributes that the captured frame reads as constants and changes.
+
+    Only meaningful inside a backend call. Captured as constants they would mean a new capture at every
+    call.
+    """
+    try:
+        output = InstructionTranslator.current_tx().output
+    except (AttributeError, LookupError):
+        return set()
+    guarded = {guard.name for guard in output.guards}
+    found = set()
+    for variable, attributes in output.side_effects.store_attr_mutations.items():
+        owner = getattr(variable, "value", None)
+        if owner is None or variable.source is None:
+            continue
+        for attribute in attributes:
+            if type(getattr(owner, attribute, None)) is not int:
+                continue
+            base = source_name(variable.source)
+            found |= {
+                name
+                for name in (f"{base}.{attribute}", f"{base}.__dict__['{attribute}']")
+                if name in guarded
+            }
+    return found
+
+
+def graph_break() -> tuple[str, str] | None:
+    """The reason and ``file:line`` if the graph being compiled ends at a graph break, else None.
+
+    Only meaningful inside a backend call.
+    """
+    try:
+        reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
+    except (AttributeError, LookupError):
+        return None
+    if reason is None or not reason.graph_break:
+        return None
+    frames = [frame for frame in reason.user_stack if frame is not None]
+    line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown line"
+    return first_sentences(reason.reason), line
+
+
+def is_resumed() -> bool:
+    """Whether the frame being compiled continues one that a graph break cut."""
+    try:
+        name = InstructionTranslator.current_tx().f_code.co_name
+    except (AttributeError, LookupError):
+        return False
+    return "torch_dynamo_resume_in" in name
+
+
+def why(error: BaseException) -> str:
+    """Dynamo's reason and the user's line, in one paragraph."""
+    message = first_sentences(str(error))
+    lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    own = [(file, line) for file, line in lines if "/torch/" not in file and "diagpass" not in file]
+    if own:
+        message += f" ({own[-1][0]}:{own[-1][1]})"
+    return message
+
+
+def first_sentences(text: str) -> str:
+    """Dynamo's headline, explanation and context without its hints and traces."""
+    kept = []
+    for line in text.strip().splitlines():
+        line = line.strip()
+        if line.startswith(("Hint:", "Developer debug context", "For more details", "from user code")):
+            if line.startswith("Developer debug context"):
+                kept.append(line.partition(":")[2].strip())
+            continue
+        if line.startswith(("File ", "Set TORCH", "Traceback", "Most recent", "^")):
+            break
+        if line:
+            kept.append(line.removeprefix("Explanation:").strip())
+    return " ".join(kept[:4])[:600]

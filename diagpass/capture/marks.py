@@ -1,0 +1,73 @@
+"""Which module call each node came from: the marks by which cells are recognised.
+
+Dynamo records on every node the modules it was called from, outermost first. A *call* is one entry of
+that record: a module path and how often the module had been called before. A *family* is a set of
+modules of one class whose paths differ only in digits, such as ``model.layers.0`` and
+``model.layers.1``; its members are what may become cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch.fx as fx
+
+_ROOT = re.compile(r"^[LG]\[[^\]]*\](?:\.__closure__\[\d+\]\.cell_contents)?\.?")
+_ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
+_DIGITS = re.compile(r"\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The ``count``-th call (from 0) of the module at ``path``, whose class is ``cls``."""
+
+    path: str
+    count: int
+    cls: str
+
+    @property
+    def family(self) -> tuple[str, str]:
+        """What the call's module shares with its siblings: the path without digits, and the class."""
+        return _DIGITS.sub("*", self.path), self.cls
+
+    @property
+    def digits(self) -> tuple[int, ...]:
+        """The numbers in the path, left to right."""
+        return tuple(int(number) for number in _DIGITS.findall(self.path))
+
+
+def module_path(raw: str) -> str:
+    """Dynamo's name of a module as ``named_modules`` writes it: ``L['self'].a['0']`` -> ``a.0``."""
+    path = _ROOT.sub("", raw)
+    path = path.replace("._modules", "").replace(".__dict__", "")
+    path = _ITEM.sub(r".\1", path)
+    return path.strip(".")
+
+
+def calls_of(node: fx.Node) -> tuple[Call, ...]:
+    """The calls around ``node``, outermost first, without the root module."""
+    found = []
+    for key, (raw, cls) in (node.meta.get("nn_module_stack") or {}).items():
+        path = module_path(raw)
+        if not path:
+            continue
+        _, at, count = str(key).rpartition("@")
+        name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        found.append(Call(path, int(count) if at and count.isdigit() else 0, name))
+    return tuple(found)
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``file:line`` of the user's code that the node came from, if it is known."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    return f"{lines[-1][0]}:{lines[-1][1]}" if lines else None
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost module around ``node``, or ``"(model)"``."""
+    calls = calls_of(node)
+    return calls[-1].path if calls else "(model)"

@@ -1,0 +1,110 @@
+"""A kind -> its batched form for one group width: a plain FX graph of ATen operations.
+
+Invariants of the batched form: its stacked operands are contiguous, and so are its stacked results.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
+
+from diagpass.capture.marks import module_of
+from diagpass.errors import BatchingError
+from diagpass.ir import Kind
+from diagpass.lowering.rules import Number, Stacked, apply
+
+log = logging.getLogger(__name__)
+
+
+class _GroupInterpreter(fx.Interpreter):
+    """Runs a kind's body on stacked values, operation by operation."""
+
+    def __init__(self, body: fx.GraphModule, width: int) -> None:
+        super().__init__(body)
+        self.width = width
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except BatchingError as error:
+            raise BatchingError(f"{error}, in {module_of(n)}") from error
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        return apply(target, self.width, args, kwargs)
+
+
+def batch_kind(
+    kind: Kind, width: int, shared: Sequence[bool]
+) -> tuple[fx.GraphModule, tuple[bool, ...]]:
+    """Trace the batched form of a kind.
+
+    Parameters
+    ----------
+    kind
+        What to batch.
+    width
+        The number of cells in the group.
+    shared
+        Per slot, whether all cells of the group read the same value; it then has no group axis.
+
+    Returns
+    -------
+    tuple
+        The graph, taking the slots in order (stacked ones with a leading axis of ``width``; numbers as
+        a tensor of shape ``(width,)``), and per result whether it is stacked.
+
+    Raises
+    ------
+    BatchingError
+        An operation of the kind has no batching rule; the message names it and its module.
+    """
+    if kind.unbatchable is not None:
+        raise BatchingError(f"{kind.unbatchable} cannot be batched")
+    stacked_results: list[bool] = []
+    values = [node.meta["val"] for node in kind.body.graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
+
+    def run(*operands: Any) -> tuple:
+        wrapped = []
+        for slot, is_shared, operand in zip(kind.slots, shared, operands, strict=True):
+            if is_shared:
+                wrapped.append(operand)
+            else:
+                wrapped.append(Number(operand) if slot.literal else Stacked(operand))
+        with torch.no_grad():
+            results = _GroupInterpreter(kind.body, width).run(*wrapped)
+        stacked_results[:] = [isinstance(result, Stacked) for result in results]
+        return tree_map(
+            lambda item: item.tensor.contiguous() if isinstance(item, Stacked) else item, results
+        )
+
+    examples = []
+    with mode:
+        for slot, is_shared, node in zip(
+            kind.slots, shared, kind.body.graph.find_nodes(op="placeholder"), strict=True
+        ):
+            examples.append(_example(slot.literal, slot.sources[0], is_shared, node.meta.get("val"), width))
+        traced = make_fx(run)(*examples)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    log.debug("batched kind %d at width %d: %d nodes", kind.index, width, len(traced.graph.nodes))
+    return traced, tuple(stacked_results)
+
+
+def _example(literal: bool, source: Any, is_shared: bool, value: Any, width: int) -> Any:
+    if literal:
+        return torch.empty(width, dtype=torch.float64 if isinstance(source, float) else torch.int64)
+    if not isinstance(value, torch.Tensor):
+        if not is_shared:
+            raise BatchingError("a Python number that differs between cells is computed at run time")
+        return value
+    if is_shared:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return torch.empty((width, *value.shape), dtype=value.dtype, device=value.device)

@@ -1,0 +1,325 @@
+"""CellGraph and Schedule -> the wavefront graph: a plain ``fx.GraphModule`` to print and read.
+
+Its inputs are those of the functional graph followed by the weight stacks. Each group is one call of a
+submodule ``kind0_w3`` (kind 0, three cells), which takes the operands of its slots and returns a tuple
+of stacked results. Between the calls there is glue, and the gathering of operands: a slice where the
+rows lie side by side in one stacked result (no copy), a ``cat`` of such slices elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils._pytree import tree_flatten
+
+from diagpass.analysis.cells import is_operation
+from diagpass.errors import BatchingError
+from diagpass.ir import CellGraph, Group, Kind, Schedule
+from diagpass.lowering.batch import batch_kind
+from diagpass.lowering.weights import WeightPlan
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+Wrap = Callable[[fx.GraphModule, str], torch.nn.Module]
+
+
+def restride(value: Any, stride: Sequence[int], fresh: bool) -> Any:
+    """``value`` with the given strides, in memory of its own if ``fresh``.
+
+    What leaves the graph must look as the sequential model's: same layout, and not a row of a larger
+    tensor, which a caller would keep alive as a whole.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    same = all(
+        have == want or size == 1
+        for have, want, size in zip(value.stride(), stride, value.shape, strict=True)
+    )
+    if same and not fresh:
+        return value
+    return torch.empty_strided(
+        value.shape, tuple(stride), dtype=value.dtype, device=value.device
+    ).copy_(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A value that is row ``index`` of the stacked result ``stacked``, which has ``width`` rows."""
+
+    stacked: fx.Node
+    index: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """The wavefront graph, which groups ran batched, and what kept kinds from it."""
+
+    module: fx.GraphModule
+    batched_cells: int
+    notes: tuple[str, ...]
+
+
+class _Emitter:
+    def __init__(self, cells: CellGraph, weights: WeightPlan, wrap: Wrap, literal_batched: bool) -> None:
+        self.cells, self.weights, self.wrap = cells, weights, wrap
+        self.literal_batched = literal_batched
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+        self.values: dict[fx.Node, fx.Node | _Row] = {}
+        self.numbers: dict[tuple, fx.Node] = {}
+        self.forms: dict[tuple, tuple[bool, ...] | None] = {}
+        self.notes: dict[str, None] = {}
+        self.batched_cells = 0
+        self.wave = 0
+
+    def run(self, schedule: Schedule) -> Emitted:
+        source = self.cells.graph
+        for node in source.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.graph.placeholder(node.name)
+                self.values[node].meta = dict(node.meta)
+        self.stacks = [self.graph.placeholder(f"stack_{at}") for at in range(len(self.weights.stacks))]
+        for self.wave, wave in enumerate(schedule.waves):
+            for group in wave.groups:
+                self._group(group)
+        self._output(source.graph)
+        self.graph.lint()
+        module = fx.GraphModule(self.root, self.graph, class_name="Wavefront")
+        return Emitted(module, self.batched_cells, tuple(self.notes))
+
+    # Values of the functional graph in the emitted one.
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """The emitted node with this value, emitting glue on demand."""
+        pending = [node]
+        while pending:
+            top = pending[-1]
+            if top in self.values:
+                pending.pop()
+                continue
+            missing = [source for source in top.all_input_nodes if source not in self.values]
+            if missing:
+                pending += reversed(missing)
+                continue
+            self.values[top] = self._glue(top)
+            pending.pop()
+        found = self.values[node]
+        if isinstance(found, _Row):
+            index = (found.stacked, 0, found.index)
+            found = self.values[node] = self.graph.call_function(aten.select.int, index)
+            found.meta["row"] = True
+        return found
+
+    def _glue(self, node: fx.Node) -> fx.Node:
+        if node in self.cells.owner:
+            raise AssertionError(f"{node} belongs to a cell that has not run yet")
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(self.cells.graph)
+            name = str(node.target).replace(".", "_")
+            if isinstance(value, torch.nn.Module) or not isinstance(value, torch.Tensor):
+                setattr(self.root, name, value)
+            else:
+                self.root.register_buffer(name, value, persistent=False)
+            return self.graph.get_attr(name)
+        for source in node.all_input_nodes:
+            self._value(source)
+        new = self.graph.node_copy(node, self._value)
+        return new
+
+    # Groups.
+
+    def _group(self, group: Group) -> None:
+        kind = self.cells.kinds[group.kind]
+        members = [kind.cells.index(cell) for cell in group.cells]
+        sources = [[slot.sources[at] for at in members] for slot in kind.slots]
+        shared = tuple(
+            all(source is items[0] or (slot.literal and source == items[0]) for source in items)
+            for slot, items in zip(kind.slots, sources, strict=True)
+        )
+        literal = self.literal_batched and any(slot.literal for slot in kind.slots)
+        if literal:
+            shared = tuple(
+                same and not slot.literal for same, slot in zip(shared, kind.slots, strict=True)
+            )
+        if len(members) > 1 or literal:
+            stacked = self._form(kind, len(members), shared)
+            if stacked is not None:
+                self._batched(kind, group, members, sources, shared, stacked)
+                self.batched_cells += len(members) if len(members) > 1 else 0
+                return
+        for place, member in enumerate(members):
+            self._single(kind, member, [items[place] for items in sources])
+
+    def _form(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> tuple[bool, ...] | None:
+        """Trace the batched form once; None if the kind has none (said once in the notes)."""
+        key = (kind.index, width, shared)
+        if key not in self.forms:
+            try:
+                traced, stacked = batch_kind(kind, width, shared)
+            except BatchingError as error:
+                first = self.cells.cells[kind.cells[0]]
+                self.notes[
+                    f"kind {kind.index} ({len(kind.cells)} cells, first {first}) runs unbatched: {error}"
+                ] = None
+                self.forms[key] = None
+            else:
+                name = self._name(kind, width, shared)
+                self.root.add_module(name, self.wrap(traced, name))
+                self.forms[key] = stacked
+        return self.forms[key]
+
+    def _name(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> str:
+        same = [key for key in self.forms if key[:2] == (kind.index, width)]
+        at = same.index((kind.index, width, shared)) if (kind.index, width, shared) in same else len(same)
+        return f"kind{kind.index}_w{width}" + (f"_v{at}" if at else "")
+
+    def _batched(
+        self,
+        kind: Kind,
+        group: Group,
+        members: list[int],
+        sources: list[list[Any]],
+        shared: tuple[bool, ...],
+        stacked: tuple[bool, ...],
+    ) -> None:
+        operands = []
+        for at, (slot, items, same) in enumerate(zip(kind.slots, sources, shared, strict=True)):
+            if slot.literal:
+                operands.append(items[0] if same else self._number(items))
+            elif same:
+                operands.append(self._value(items[0]))
+            else:
+                operands.append(self._gather(kind, at, group.cells, items))
+        width = len(members)
+        call = self._call(self._name(kind, width, shared), operands, len(kind.outputs))
+        for result, is_stacked, nodes in zip(call, stacked, kind.outputs, strict=True):
+            for row, member in enumerate(members):
+                node = nodes[member]
+                if node is not None:
+                    self.values[node] = _Row(result, row, width) if is_stacked else result
+
+    def _single(self, kind: Kind, member: int, sources: list[Any]) -> None:
+        name = f"kind{kind.index}"
+        if not hasattr(self.root, name):
+            self.root.add_module(name, self.wrap(kind.body, name))
+        operands = [
+            source if slot.literal else self._value(source)
+            for slot, source in zip(kind.slots, sources, strict=True)
+        ]
+        results = self._call(name, operands, len(kind.outputs))
+        for result, nodes in zip(results, kind.outputs, strict=True):
+            node = nodes[member]
+            if node is not None:
+                self.values[node] = result
+
+    def _call(self, name: str, operands: list[Any], results: int) -> list[fx.Node]:
+        call = self.graph.create_node(
+            "call_module", name, tuple(operands), {}, name=f"wave{self.wave}_{name}"
+        )
+        return [
+            self.graph.call_function(operator.getitem, (call, at)) for at in range(results)
+        ]
+
+    def _gather(self, kind: Kind, slot: int, cells: Sequence[int], sources: list[fx.Node]) -> fx.Node:
+        """One operand for a group: rows of a weight stack, or of results, or values stacked here."""
+        rows = self.weights.rows(kind, slot, cells)
+        if rows is not None:
+            stack = self.stacks[self.weights.serving[kind.index, slot]]
+            width = len(self.weights.stacks[self.weights.serving[kind.index, slot]].rows)
+            return self._concatenate([_Row(stack, row, width) for row in rows])
+        pieces: list[fx.Node | _Row] = []
+        for source in sources:
+            if source not in self.values:
+                self._value(source)
+            pieces.append(self.values[source])
+        return self._concatenate(
+            [piece if isinstance(piece, _Row) else self._unsqueezed(piece) for piece in pieces]
+        )
+
+    def _unsqueezed(self, value: fx.Node) -> _Row:
+        return _Row(self.graph.call_function(aten.unsqueeze.default, (value, 0)), 0, 1)
+
+    def _concatenate(self, rows: list[_Row]) -> fx.Node:
+        parts: list[fx.Node] = []
+        start = 0
+        for at in range(1, len(rows) + 1):
+            if (
+                at < len(rows)
+                and rows[at].stacked is rows[start].stacked
+                and rows[at].index == rows[at - 1].index + 1
+            ):
+                continue
+            first, stop = rows[start], rows[at - 1].index + 1
+            if (first.index, stop) == (0, first.width):
+                parts.append(first.stacked)
+            else:
+                args = (first.stacked, 0, first.index, stop)
+                parts.append(self.graph.call_function(aten.slice.Tensor, args))
+            start = at
+        if len(parts) == 1:
+            if parts[0].target is aten.unsqueeze.default:  # one cell: the operand must be contiguous
+                kwargs = {"memory_format": torch.contiguous_format}
+                return self.graph.call_function(aten.clone.default, (parts[0],), kwargs)
+            return parts[0]
+        return self.graph.call_function(aten.cat.default, (parts, 0))
+
+    def _number(self, items: list[Any]) -> fx.Node:
+        """A constant tensor of the numbers that differ from cell to cell."""
+        key = (type(items[0]), *items)
+        if key not in self.numbers:
+            name = f"numbers_{len(self.numbers)}"
+            dtype = torch.float64 if isinstance(items[0], float) else torch.int64
+            self.root.register_buffer(name, torch.tensor(items, dtype=dtype), persistent=False)
+            self.numbers[key] = self.graph.get_attr(name)
+        return self.numbers[key]
+
+    def _output(self, source: fx.Graph) -> None:
+        (result,) = source.find_nodes(op="output")[0].args
+        for leaf in tree_flatten(result)[0]:
+            if isinstance(leaf, fx.Node):
+                self._value(leaf)
+
+        def leave(node: fx.Node) -> fx.Node:
+            value, example = self._value(node), node.meta.get("val")
+            if node.op == "placeholder" or not isinstance(example, torch.Tensor):
+                return value
+            if not is_operation(node):
+                return value
+            stride = [int(step) for step in example.stride()]
+            return self.graph.call_function(
+                restride, (value, stride, bool(value.meta.get("row")))
+            )
+
+        self.graph.output(fx.node.map_arg(result, leave))
+
+
+def emit(
+    cells: CellGraph,
+    schedule: Schedule,
+    weights: WeightPlan,
+    wrap: Wrap,
+    numbers_as_tensors: bool = False,
+) -> Emitted:
+    """Build the wavefront graph.
+
+    Parameters
+    ----------
+    cells, schedule, weights
+        What runs, in which order, and where weights come from.
+    wrap
+        Makes the submodule that runs a kind's graph (compiled or not) from the graph and its name.
+    numbers_as_tensors
+        Whether numbers that differ by layer are tensors in single cells too (one compilation then
+        serves all layers).
+    """
+    emitted = _Emitter(cells, weights, wrap, numbers_as_tensors).run(schedule)
+    log.debug("emitted %d nodes, %d cells batched", len(emitted.module.graph.nodes), emitted.batched_cells)
+    return emitted

@@ -1,0 +1,241 @@
+"""Batching rules: one operation over a whole group.
+
+A value of a group is *stacked*: a tensor with the group axis first. A rule takes operands of which some
+are stacked and returns the stacked result. Operations without a rule of their own go through
+``torch.vmap``; where that has no rule either it would fall back to a loop, silently: here that is a
+:class:`~diagpass.errors.BatchingError` instead.
+
+Shape letters: G group, B batch, M rows, K inner, N columns, H heads, T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from diagpass.errors import BatchingError
+
+aten = torch.ops.aten
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A tensor whose first axis is the group."""
+
+    tensor: torch.Tensor
+
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for operations; it is called as ``rule(target, width, args, kwargs)``."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def apply(target: Any, width: int, args: tuple, kwargs: dict) -> Any:
+    """Run one operation over a group.
+
+    Parameters
+    ----------
+    target
+        The operation.
+    width
+        The group's size G.
+    args, kwargs
+        Its operands; :class:`Stacked` where they differ from cell to cell.
+
+    Returns
+    -------
+    Any
+        What the operation returns, with :class:`Stacked` tensors where the cells' results differ.
+
+    Raises
+    ------
+    BatchingError
+        There is no rule for the operation.
+    """
+    leaves, _ = tree_flatten((args, kwargs))
+    if not any(isinstance(leaf, Stacked) for leaf in leaves):
+        return target(*args, **kwargs)
+    own = RULES.get(target)
+    return _vmapped(target, args, kwargs) if own is None else own(target, width, args, kwargs)
+
+
+def _vmapped(target: Any, args: tuple, kwargs: dict) -> Any:
+    leaves, spec = tree_flatten((args, kwargs))
+    at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Stacked)]
+
+    def one(*tensors: torch.Tensor) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(at, tensors, strict=True):
+            filled[place] = tensor
+        new_args, new_kwargs = tree_unflatten(filled, spec)
+        return target(*new_args, **new_kwargs)
+
+    tensors = [leaves[place].tensor for place in at]
+    try:
+        with _no_vmap_fallback():
+            found = torch.vmap(one)(*tensors)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BatchingError(f"operation {target} has no batching rule ({reason})") from error
+    return tree_map(lambda out: Stacked(out) if isinstance(out, torch.Tensor) else out, found)
+
+
+@contextlib.contextmanager
+def _no_vmap_fallback() -> Iterator[None]:
+    functorch = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
+
+
+def _stack(value: Any, width: int) -> torch.Tensor:
+    """The operand with a group axis, whether or not it had one."""
+    if isinstance(value, Stacked):
+        return value.tensor
+    return value.unsqueeze(0).expand(width, *value.shape)
+
+
+def _fold(value: torch.Tensor) -> torch.Tensor:
+    """(G, B, ...) -> (G*B, ...)."""
+    return value.reshape(value.shape[0] * value.shape[1], *value.shape[2:])
+
+
+def _unfold(value: torch.Tensor, width: int) -> Stacked:
+    """(G*B, ...) -> (G, B, ...)."""
+    return Stacked(value.reshape(width, value.shape[0] // width, *value.shape[1:]))
+
+
+@rule(aten.mm.default)
+def _mm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+    left, right = args
+    if not isinstance(right, Stacked):  # one layer at several segments: one larger product
+        return _unfold(torch.mm(_fold(left.tensor), right), width)
+    return Stacked(torch.bmm(_stack(left, width), right.tensor))
+
+
+@rule(aten.addmm.default)
+def _addmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+    bias, left, right = args
+    if not isinstance(bias, Stacked) and not isinstance(right, Stacked) and bias.dim() == 1:
+        return _unfold(torch.addmm(bias, _fold(left.tensor), right, **kwargs), width)
+    bias = _stack(bias, width)
+    if bias.dim() == 2:  # (G, N): one row for all M
+        bias = bias.unsqueeze(1)
+    return Stacked(torch.baddbmm(bias, _stack(left, width), _stack(right, width), **kwargs))
+
+
+@rule(aten.bmm.default)
+def _bmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+    left, right = (_fold(_stack(operand, width)) for operand in args)
+    return _unfold(torch.bmm(left, right), width)
+
+
+@rule(aten.baddbmm.default)
+def _baddbmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+    bias, left, right = (_stack(operand, width) for operand in args)
+    left, right = _fold(left), _fold(right)
+    shape = (left.shape[0] // width, left.shape[1], right.shape[2])
+    while bias.dim() < 4:
+        bias = bias.unsqueeze(1)
+    bias = _fold(bias.expand(width, *shape))
+    return _unfold(torch.baddbmm(bias, left, right, **kwargs), width)
+
+
+@rule(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
+def _with_number(target: Any, width: int, args: tuple, kwargs: dict) -> Any:
+    """Elementwise with a second operand that may be a stacked *number*, of shape (G,)."""
+    left, right = args
+    if not (isinstance(right, Stacked) and right.tensor.dim() == 1 and _is_number(right)):
+        return _vmapped(target, args, kwargs)
+    value = _stack(left, width)
+    sample = 1.0 if right.tensor.dtype.is_floating_point else 1
+    dtype = torch.result_type(torch.empty((), dtype=value.dtype, device="meta").new_empty(1), sample)
+    precise = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    number = right.tensor.to(device=value.device, dtype=precise)
+    number = number.reshape(width, *(1,) * (value.dim() - 1))
+    return Stacked(target(value.to(precise), number, **kwargs).to(dtype))
+
+
+class Number(Stacked):
+    """A stacked Python number: what differs from layer to layer in a literal."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number)
+
+
+@rule(
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+)
+def _attention(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
+    """Attention sees the group as more batch: (G, B, H, T, D) -> (G*B, H, T, D)."""
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    query, key, value = (_stack(given[name], width) for name in ("query", "key", "value"))
+    batch = query.shape[1]
+    given.update(query=_fold(query), key=_fold(key), value=_fold(value))
+    for name in ("attn_mask", "attn_bias"):
+        if given.get(name) is not None:
+            given[name] = _fold_mask(given[name], width, batch)
+    out = target(**{name: given[name] for name in given})
+    rows = width * batch
+    return tuple(
+        _unfold(item, width)
+        if isinstance(item, torch.Tensor) and item.dim() >= 3 and item.shape[0] == rows
+        else item
+        for item in out
+    )
+
+
+def _fold_mask(mask: Any, width: int, batch: int) -> torch.Tensor:
+    """A mask for (G*B, H, T, T) scores, copied only where cells or batch entries differ."""
+    if not isinstance(mask, Stacked):
+        if mask.dim() < 4:
+            return mask
+        if mask.shape[0] == 1 or mask.stride(0) == 0:
+            return mask[:1].expand(width * batch, *mask.shape[1:])
+        return _fold(mask.unsqueeze(0).expand(width, *mask.shape))
+    inner = mask.tensor
+    while inner.dim() < 5:
+        inner = inner.unsqueeze(1)
+    return _fold(inner.expand(width, batch, *inner.shape[2:]))
+
+
+@rule(aten._thnn_fused_lstm_cell.default)
+def _lstm_cell(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
+    """The fused CUDA cell is elementwise over the batch: (G, B, 4D) -> (G*B, 4D), biases added first."""
+    gates, hidden, state, *biases = (*args, *kwargs.values())
+    gates, hidden, state = (_stack(operand, width) for operand in (gates, hidden, state))
+    for bias in biases:
+        if bias is not None:
+            gates = gates + _stack(bias, width).unsqueeze(1)
+    out = target(_fold(gates), _fold(hidden), _fold(state))
+    return tuple(_unfold(item, width) for item in out)
+
+
+@rule(aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
+def _same(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+    return args[0]

@@ -1,0 +1,214 @@
+"""The stages in order: the only file that knows all of them.
+
+    Dynamo's graph -> functional graph -> aliases forwarded -> cells, kinds, dependencies -> waves
+    -> batched kinds and weight stacks -> emitted wavefront graph -> compiled program
+
+``analyse`` goes as far as the waves, ``lower`` to the program. Reasons not to go on are data: a
+``Refusal`` that the faces turn into a warning or an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from diagpass.analysis.cellgraph import find_cells
+from diagpass.analysis.schedule import find_chain, schedule
+from diagpass.capture import functional
+from diagpass.capture.aliases import forward_aliases
+from diagpass.capture.marks import module_of, source_line
+from diagpass.errors import ChainError, SequentialError
+from diagpass.ir import CellGraph, Edge, Schedule
+from diagpass.lowering.emit import Emitted, emit
+from diagpass.lowering.weights import plan_weights, split_groups
+from diagpass.options import Options
+from diagpass.runtime.compiled import InductorKind
+from diagpass.runtime.stacks import WeightStacks
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+LEAST_MEAN_WIDTH = 1.25  # below this many cells a wave there is nothing to gain
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a model runs sequentially: the sentence, and the error class that strict mode raises."""
+
+    reason: str
+    error: type[SequentialError] = SequentialError
+    legal: bool = False  # a wavefront would be right, only not wider
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What the dataflow permits. ``cells`` is None where no cells were found."""
+
+    cells: CellGraph | None
+    schedule: Schedule
+    chain: Edge | None
+    refusal: Refusal | None
+    notes: tuple[str, ...] = ()
+    emitted: Emitted | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``"wavefront"`` or ``"sequential"``."""
+        return "sequential" if self.refusal is not None else "wavefront"
+
+    @property
+    def may_be_forced(self) -> bool:
+        """Whether a wavefront is legal, though it may be no wider than one cell."""
+        return self.cells is not None and (self.refusal is None or self.refusal.legal)
+
+
+class RunSequentially(Exception):
+    """Leaves AOTAutograd from inside: the captured graph is to be run as it stands."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        super().__init__(analysis.refusal.reason if analysis.refusal else "")
+        self.analysis = analysis
+
+
+@contextlib.contextmanager
+def stage(name: str):
+    """Log how long a stage took."""
+    begin = time.perf_counter()
+    yield
+    log.debug("%s: %.3f s", name, time.perf_counter() - begin)
+
+
+def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
+    """Functional graph -> cells, dependencies and waves, and whether they leave any width."""
+    _drop_assertions(gm)
+    random = [node for node in gm.graph.nodes if functional.is_random(node)]
+    with stage("forward aliases"):
+        forward_aliases(gm)
+    _views_to_reshapes(gm)
+    _refuse_absolute_strides(gm)
+    with stage("find cells"):
+        cells = find_cells(gm, options.cells)
+    if cells is None:
+        reason = "no repeated module was found, so there are no cells to batch"
+        if options.cells is not None:
+            reason = f"no module path matches cells={list(options.cells)}"
+        return Analysis(None, Schedule(()), None, Refusal(reason))
+    waves = schedule(cells, options.max_width)
+    free = waves if options.max_width is None else schedule(cells)
+    chain = find_chain(cells)
+    refusal = None
+    if random:
+        names = sorted({f"{node.target} in {module_of(node)}" for node in random})
+        refusal = Refusal(
+            f"random numbers are drawn in program order by {', '.join(names)}, and reordering the cells "
+            "would change them (call model.eval(), or set dropout to 0)"
+        )
+    elif free.mean_width < LEAST_MEAN_WIDTH:
+        refusal = _narrow(cells, free, chain)
+    return Analysis(cells, waves, chain, refusal, cells.notes)
+
+
+def _narrow(cells: CellGraph, waves: Schedule, chain: Edge | None) -> Refusal:
+    if chain is not None:
+        line = next(filter(None, map(source_line, reversed(chain.source.nodes))), None)
+        where = f" ({line})" if line else ""
+        return Refusal(
+            f"a chain leaves no width: {chain}{where}, so {len(cells.cells)} cells need "
+            f"{len(waves.waves)} waves",
+            ChainError,
+            legal=True,
+        )
+    segments = {cell.segment for cell in cells.cells}
+    layers = {cell.layer for cell in cells.cells}
+    if len(segments) == 1:
+        return Refusal("the input has one segment, so no cell can run beside another", legal=True)
+    if len(layers) == 1:
+        return Refusal("the model has one repeated layer, so no cell can run beside another", legal=True)
+    return Refusal(
+        f"the dependencies leave no width: {len(cells.cells)} cells need {len(waves.waves)} waves",
+        legal=True,
+    )
+
+
+def lower(
+    gm: fx.GraphModule, analysis: Analysis, weights: Sequence[bool], options: Options
+) -> tuple[Callable[..., Any], Analysis]:
+    """Waves -> the program.
+
+    Parameters
+    ----------
+    gm
+        The functional graph that was analysed.
+    analysis
+        Its analysis.
+    weights
+        Per input of the graph, whether it is a weight (the same tensor at every call).
+    options
+        The user's choices.
+
+    Returns
+    -------
+    tuple
+        The program, taking the graph's inputs and returning its outputs, and the analysis completed by
+        what was emitted.
+    """
+    if analysis.cells is None:
+        raise RunSequentially(analysis)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position = {node: at for at, node in enumerate(placeholders)}
+    fixed = {node for node, is_weight in zip(placeholders, weights, strict=True) if is_weight}
+    plan = plan_weights(analysis.cells, fixed)
+    waves = split_groups(analysis.cells, analysis.schedule, plan)
+    compiled = options.compiler == "inductor"
+    with stage("batch kinds and emit"):
+        emitted = emit(
+            analysis.cells,
+            waves,
+            plan,
+            wrap=InductorKind if compiled else lambda graph, name: graph,
+            numbers_as_tensors=compiled,
+        )
+    stacks = WeightStacks(
+        [[position[row] for row in stack.rows] for stack in plan.stacks],
+        [stack.owns for stack in plan.stacks],
+        share=options.weights == "share",
+    )
+
+    def program(*args: Any) -> Any:
+        return emitted.module(*args, *stacks(args))
+
+    notes = (*analysis.notes, *emitted.notes)
+    return program, dataclasses.replace(analysis, schedule=waves, notes=notes, emitted=emitted)
+
+
+def _drop_assertions(gm: fx.GraphModule) -> None:
+    """Checks of static types hold by construction and would pin nodes in place."""
+    for node in list(gm.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+
+
+def _views_to_reshapes(gm: fx.GraphModule) -> None:
+    """A row of a stacked result may be laid out otherwise than the value it stands for."""
+    for node in gm.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    gm.recompile()
+
+
+def _refuse_absolute_strides(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if node.target is aten.as_strided.default:
+            line = source_line(node)
+            reason = (
+                f"as_strided in {module_of(node)}{f' ({line})' if line else ''} reads memory by absolute "
+                "strides, which batching would move"
+            )
+            raise RunSequentially(Analysis(None, Schedule(()), None, Refusal(reason)))

@@ -1,0 +1,123 @@
+"""The stacked weights: made once, checked at every call, made anew when the model was edited.
+
+``share``: the model's own parameters are views of the stack, so that there is one copy and an in-place
+edit is seen at once. A row is handed out through DLPack, which gives it a storage object of its own:
+saving, copying and serialising a layer sees that layer alone. ``copy``: the stack is separate, and each
+call compares it with the parameters, because ``param.data`` can be written without any trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_shared_stacks: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
+
+
+@dataclasses.dataclass
+class _Held:
+    """One stack and what it was made from."""
+
+    tensor: torch.Tensor
+    pointers: tuple[int, ...]
+    shared: bool
+
+
+class WeightStacks:
+    """The tensors behind a :class:`~diagpass.lowering.weights.WeightPlan`.
+
+    Parameters
+    ----------
+    rows
+        Per stack, the positions of its rows among the program's arguments.
+    owns
+        Per stack, whether it may become the storage of its parameters.
+    share
+        Whether parameters become views of the stacks that own them.
+    """
+
+    def __init__(
+        self, rows: Sequence[Sequence[int]], owns: Sequence[bool], share: bool
+    ) -> None:
+        self.rows = [tuple(positions) for positions in rows]
+        self.owns = tuple(owns)
+        self.share = share
+        self._held: list[_Held | None] = [None] * len(self.rows)
+        self.restacked = 0
+
+    def __call__(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The stacks for these arguments, each of shape (rows, *weight shape)."""
+        found = []
+        for at, positions in enumerate(self.rows):
+            weights = [args[position] for position in positions]
+            held = self._held[at]
+            if held is None or not _current(held, weights):
+                with torch.no_grad(), torch.inference_mode(False):
+                    held = self._held[at] = self._stack(weights, self.share and self.owns[at])
+                self.restacked += 1
+            found.append(held.tensor)
+        return found
+
+    def _stack(self, weights: list[torch.Tensor], share: bool) -> _Held:
+        if share and all(_shareable(weight) for weight in weights):
+            stack = _existing(weights)
+            if stack is None:
+                stack = torch.stack([weight.detach() for weight in weights])
+                for row, weight in zip(stack, weights, strict=True):
+                    weight.data = torch.from_dlpack(row)
+                _shared_stacks[_key(weights)] = stack
+            return _Held(stack, tuple(w.data_ptr() for w in weights), True)
+        stack = torch.stack([weight.detach() for weight in weights])
+        return _Held(stack, tuple(weight.data_ptr() for weight in weights), False)
+
+
+def _current(held: _Held, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether the stack still holds the weights' values."""
+    if held.shared:
+        return all(
+            weight.data_ptr() == pointer
+            for weight, pointer in zip(weights, held.pointers, strict=True)
+        )
+    return all(
+        row.dtype == weight.dtype and row.device == weight.device and torch.equal(row, weight)
+        for row, weight in zip(held.tensor, weights, strict=True)
+    )
+
+
+def _shareable(weight: torch.Tensor) -> bool:
+    """Whether the weight can move into a stack without anybody noticing.
+
+    It must be a plain, contiguous parameter that has its storage to itself.
+    """
+    plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
+    return (
+        plain
+        and weight.is_contiguous()
+        and weight.layout is torch.strided
+        and not weight.is_inference()
+        and weight.numel() > 0
+        and weight.dtype is not torch.bool
+        and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    )
+
+
+def _key(weights: Sequence[torch.Tensor]) -> tuple:
+    first = weights[0]
+    return (str(first.device), first.dtype, len(weights), first.shape, first.data_ptr())
+
+
+def _existing(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The stack of which these weights are the rows already, in this order (another plan made it)."""
+    stack = _shared_stacks.get(_key(weights))
+    if stack is None:
+        return None
+    same = all(
+        row.data_ptr() == weight.data_ptr() for row, weight in zip(stack, weights, strict=True)
+    )
+    return stack if same else None

@@ -1,0 +1,141 @@
+"""A model's Python and tensor state: take it, put it back, compare it.
+
+Used where user code must run once more than the user asked for (a first call that sets a library up, a
+verification): the model is afterwards as if that run had not happened.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_ATOMS = (
+    int, float, complex, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, slice, range,
+)  # fmt: skip
+
+
+class Snapshot:
+    """Everything reachable from some roots (a model, its inputs) that a call may change.
+
+    Containers (module attributes, dicts, lists, sets, deques, plain objects) are remembered shallowly,
+    tensors that are not parameters by value, random number generators by their state.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._seen: set[int] = set()
+        self._cpu = torch.get_rng_state()
+        initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._cuda = torch.cuda.get_rng_state_all() if initialised else None
+        for root in roots:
+            self._take(root)
+
+    def restore(self) -> None:
+        """Put everything back, in place."""
+        for container, content in self._containers:
+            _refill(container, content)
+        with torch.no_grad():
+            for tensor, value, version in self._tensors:
+                if tensor.shape != value.shape:
+                    tensor.resize_(value.shape)
+                if tensor._version != version:
+                    tensor.copy_(value)
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+    def _take(self, root: Any) -> None:
+        pending = [root]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, _ATOMS) or id(item) in self._seen:
+                continue
+            self._seen.add(id(item))
+            if isinstance(item, torch.Tensor):
+                if not isinstance(item, torch.nn.Parameter) and not item.is_inference():
+                    self._tensors.append((item, item.detach().clone(), item._version))
+                continue
+            content = _content(item)
+            if content is None:
+                continue
+            self._containers.append((item, content))
+            pending.extend(_children(item))
+
+
+def _content(item: Any) -> Any:
+    if isinstance(item, (dict, list, set, deque)):
+        return item.copy()
+    if isinstance(item, tuple):
+        return ()
+    if hasattr(item, "__dict__"):
+        return dict(vars(item))
+    return None
+
+
+def _children(item: Any) -> Iterator[Any]:
+    if isinstance(item, dict):
+        yield from item.values()
+    elif isinstance(item, (list, tuple, set, deque)):
+        yield from item
+    if hasattr(item, "__dict__"):
+        yield from vars(item).values()
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, dict):
+        container.clear()
+        container.update(content)
+    elif isinstance(container, list):
+        container[:] = content
+    elif isinstance(container, set):
+        container.clear()
+        container.update(content)
+    elif isinstance(container, deque):
+        container.clear()
+        container.extend(content)
+    elif not isinstance(container, tuple):
+        vars(container).clear()
+        vars(container).update(content)
+
+
+def named_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the model that is not a parameter, by a readable path.
+
+    Buffers, tensor attributes, and tensors inside the lists, dicts and plain objects that attributes
+    hold. The same tensor appears under its first path alone.
+    """
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+
+    def visit(path: str, item: Any) -> None:
+        if isinstance(item, _ATOMS) or id(item) in seen:
+            return
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if not isinstance(item, torch.nn.Parameter):
+                found[path] = item
+        elif isinstance(item, torch.nn.Module):
+            for name, value in vars(item).items():
+                if name in ("_buffers", "_modules"):
+                    for key, inner in value.items():
+                        visit(f"{path}.{key}".strip("."), inner)
+                elif not name.startswith("_") or isinstance(value, torch.Tensor):
+                    visit(f"{path}.{name}".strip("."), value)
+        elif isinstance(item, dict):
+            for key, value in item.items():
+                visit(f"{path}[{key!r}]", value)
+        elif isinstance(item, (list, tuple, deque)):
+            for at, value in enumerate(item):
+                visit(f"{path}[{at}]", value)
+        elif hasattr(item, "__dict__"):
+            for name, value in vars(item).items():
+                visit(f"{path}.{name}", value)
+
+    visit("", module)
+    return found

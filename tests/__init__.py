@@ -1,0 +1,1 @@
+"""Tests of diagpass: what must hold for models that were not written for it."""

@@ -1,0 +1,58 @@
+"""`python -m tests.fuzz`: draw models from the full ranges until the time is up.
+
+The environment variable DIAGPASS_FUZZ_SECONDS says for how long (60), DIAGPASS_FUZZ_SEED with which
+seed (a fresh one); both are printed, and at the end the number of examples that passed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections import Counter
+
+import torch
+from hypothesis import given, seed
+
+from tests.strategies import Spec, specs
+from tests.test_fuzz import check, fuzz_settings
+
+
+def main() -> int:
+    """Run batches of examples; return the exit status."""
+    seconds = float(os.environ.get("DIAGPASS_FUZZ_SECONDS", "60"))
+    start = int(os.environ.get("DIAGPASS_FUZZ_SEED", random.SystemRandom().randrange(10**9)))
+    print(f"fuzzing for {seconds:g} s, DIAGPASS_FUZZ_SEED={start}", flush=True)
+    torch.set_num_threads(1)
+    end = time.monotonic() + seconds
+    done: Counter[str] = Counter()
+    cells = 0
+    batch = 0
+    while time.monotonic() < end:
+
+        @seed(start + batch)
+        @fuzz_settings(10)
+        @given(specs())
+        def run(spec: Spec) -> None:
+            nonlocal cells
+            if time.monotonic() >= end and done:
+                return
+            check(spec)
+            done[spec.state] += 1
+            cells += spec.cells
+
+        try:
+            run()
+        except BaseException:
+            print(f"failed in batch {batch} after {sum(done.values())} examples", flush=True)
+            raise
+        batch += 1
+        torch._dynamo.reset()  # frees the code of models that are gone
+    kinds = ", ".join(f"{name} {count}" for name, count in sorted(done.items()))
+    print(f"{sum(done.values())} examples passed, {cells} cells ({kinds})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Every model of the zoo: exactly equal results, and the waves that were derived by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+import diagpass
+from tests.helpers import (
+    assert_bitwise,
+    assert_same,
+    assert_state_same,
+    check_schedule,
+    check_true_dependencies,
+    forced,
+    snapshot,
+)
+from tests.models import EXPECT, ZOO
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_batched_results_equal_sequential(name: str) -> None:
+    model, inputs = ZOO[name]()
+    expect = EXPECT[name]
+    report = assert_same(model, inputs, calls=3, ran=expect.ran, returns_state=expect.returns_state)
+    if report.ran == "wavefront":
+        check_schedule(report)
+        if expect.batched is not None:
+            assert (report.batched_cells > 0) == expect.batched, str(report)
+        assert report.batched_cells <= report.cells
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_unbatched_schedule_is_bitwise_equal(name: str) -> None:
+    model, inputs = ZOO[name]()
+    expect = EXPECT[name]
+    report = assert_bitwise(model, inputs, ran=expect.ran, returns_state=expect.returns_state)
+    if report.ran == "wavefront":
+        check_schedule(report, max_width=1)
+        assert report.batched_cells == 0
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if EXPECT[name].cells is not None])
+def test_explain_finds_the_waves_derived_by_hand(name: str) -> None:
+    model, inputs = ZOO[name]()
+    expect = EXPECT[name]
+    before = snapshot(model)
+    report = diagpass.explain(model, *inputs)
+    assert_state_same(model, before, where="explain changed")
+    assert report.cells == expect.cells, str(report)
+    waves = expect.waves if isinstance(expect.waves, tuple) else (expect.waves,)
+    assert report.waves in waves, str(report)
+    assert report.mean_width == pytest.approx(report.cells / report.waves)
+    assert report.verdict == expect.verdict
+    assert (report.chain is not None) == expect.chain, str(report)
+    if expect.kinds is not None:
+        assert len(report.kinds) <= expect.kinds, str(report)
+    check_schedule(report)
+    assert check_true_dependencies(model, inputs, report) or "shared" in name
+
+
+@pytest.mark.parametrize("name", ["attribute", "siblings", "ragged_tail", "hybrid", "stateless"])
+@pytest.mark.parametrize("width", [2, 3])
+def test_a_width_cap_is_kept(name: str, width: int) -> None:
+    model, inputs = ZOO[name]()
+    report = assert_same(model, inputs, {"max_width": width})
+    check_schedule(report, max_width=width)
+
+
+@pytest.mark.parametrize("name", ["siblings", "block_lists", "two_stacks", "attribute"])
+def test_cells_can_be_named(name: str) -> None:
+    model, inputs = ZOO[name]()
+    glob = {
+        "siblings": "attns.*",
+        "block_lists": "layers.*.0",
+        "two_stacks": "decoder.*",
+        "attribute": "layers.*",
+    }[name]
+    report = assert_same(model, inputs, {"cells": glob})
+    check_schedule(report)
+    prefix = glob.split("*")[0]
+    assert all(cell["path"].startswith(prefix) for cell in report.to_dict()["grid"])
+
+
+@pytest.mark.parametrize("name", ["attribute", "buffer_copy_", "embeddings", "hybrid"])
+def test_inductor_gives_the_same_results(name: str) -> None:
+    model, inputs = ZOO[name]()
+    report = assert_same(model, inputs, {"compiler": "inductor"}, rtol=1e-10)
+    assert report.batched_cells > 0
+
+
+def test_the_default_schedule_runs_the_wavefront_where_there_is_one() -> None:
+    model, inputs = ZOO["attribute"]()
+    assert_same(model, inputs, {"schedule": "auto"})
+
+
+def test_the_sequential_schedule_can_be_forced() -> None:
+    model, inputs = ZOO["attribute"]()
+    report = assert_same(model, inputs, {"schedule": "sequential"}, ran="sequential")
+    assert report.batched_cells == 0
+    assert report.verdict == "wavefront"  # what the dataflow permits is another question
+
+
+@pytest.mark.parametrize("name", ["global_memory", "reads_upper_state", "shared_buffer"])
+def test_a_chain_that_keeps_width_names_its_edge(name: str) -> None:
+    model, inputs = ZOO[name]()
+    chain = diagpass.explain(model, *inputs).chain
+    assert chain is not None
+    assert chain.target.segment > chain.source.segment
+    text = str(chain)
+    for end in (chain.source, chain.target):
+        assert end.path in text
+        assert str(end.segment) in text
+    lower = {"global_memory": 1, "reads_upper_state": None, "shared_buffer": 1}[name]
+    if lower is not None:
+        assert chain.source.path == f"layers.{lower}"
+        assert chain.target.path == "layers.0"
+
+
+def test_strict_accepts_what_can_be_batched() -> None:
+    model, inputs = ZOO["attribute"]()
+    fast = diagpass.transform(model, strict=True, options=forced())
+    fast(*inputs)
+    assert fast.report.ran == "wavefront"
+
+
+@pytest.mark.parametrize("name", ["attribute", "buffer_add_", "first_segment_flag", "tied_linears"])
+def test_verify_passes_on_right_programs(name: str) -> None:
+    model, inputs = ZOO[name]()
+    assert_same(model, inputs, {"verify": True})
+
+
+def test_many_transformed_models_of_one_class() -> None:
+    """Twelve models share one code object, more than Dynamo's recompile limit."""
+    for _ in range(12):
+        model, inputs = ZOO["attribute"]()
+        report = assert_same(model, inputs)
+        assert report.batched_cells > 0
