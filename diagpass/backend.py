@@ -72,6 +72,12 @@ class Session:
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's call: a captured graph in, a program out."""
         self.captures += 1
+        bounded = dynamo.bounded_deque()
+        if bounded is not None:
+            raise CaptureError(
+                f"{bounded} is a deque with maxlen, which Dynamo captures wrongly when it is full; "
+                "use a list, or a deque without maxlen and popleft"
+            )
         if self.restart_for_counters:
             fresh = dynamo.counters() - self.symbols
             if fresh:
@@ -105,6 +111,8 @@ class Session:
         try:
             program = functional.functionalize(gm, inputs, lower)
         except RunSequentially as stop:
+            if self.analyse_only:
+                raise OnlyAnalysed(stop.analysis) from None
             if self.options.schedule != "sequential":
                 self.refuse(stop.analysis.refusal)
             return gm.forward, make_report(stop.analysis, "sequential")

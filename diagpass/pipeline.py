@@ -92,7 +92,6 @@ def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
     with stage("forward aliases"):
         forward_aliases(gm)
     _views_to_reshapes(gm)
-    _refuse_absolute_strides(gm)
     with stage("find cells"):
         cells = find_cells(gm, options.cells)
     if cells is None:
@@ -103,14 +102,14 @@ def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
     waves = schedule(cells, options.max_width)
     free = waves if options.max_width is None else schedule(cells)
     chain = find_chain(cells)
-    refusal = None
+    refusal = _absolute_strides(cells)
     if random:
         names = sorted({f"{node.target} in {module_of(node)}" for node in random})
         refusal = Refusal(
             f"random numbers are drawn in program order by {', '.join(names)}, and reordering the cells "
             "would change them (call model.eval(), or set dropout to 0)"
         )
-    elif free.mean_width < LEAST_MEAN_WIDTH:
+    elif refusal is None and free.mean_width < LEAST_MEAN_WIDTH:
         refusal = _narrow(cells, free, chain)
     return Analysis(cells, waves, chain, refusal, cells.notes)
 
@@ -203,12 +202,13 @@ def _views_to_reshapes(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def _refuse_absolute_strides(gm: fx.GraphModule) -> None:
-    for node in gm.graph.nodes:
-        if node.target is aten.as_strided.default:
+def _absolute_strides(cells: CellGraph) -> Refusal | None:
+    """A refusal if memory that a cell computed is read by absolute strides; batching moves it."""
+    for node in cells.graph.graph.nodes:
+        if node.target is aten.as_strided.default and node.args[0] in cells.owner:
             line = source_line(node)
-            reason = (
+            return Refusal(
                 f"as_strided in {module_of(node)}{f' ({line})' if line else ''} reads memory by absolute "
                 "strides, which batching would move"
             )
-            raise RunSequentially(Analysis(None, Schedule(()), None, Refusal(reason)))
+    return None

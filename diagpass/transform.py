@@ -171,6 +171,8 @@ def _call(entry: Callable[..., Any], session: Session, args: tuple, kwargs: dict
                 log.info("capturing again with counters as symbols: %s", inner)
                 session.symbols |= inner.sources
                 continue
+            if isinstance(inner, CaptureError):
+                raise _CaptureFailed(str(inner)) from None
             if isinstance(inner, (DiagpassError, OnlyAnalysed)):
                 raise inner from None
             log.warning("internal error while planning", exc_info=inner)

@@ -1580,7 +1580,7 @@ class BatchNormLayer(nn.Module):
         return h
 
 
-@zoo("batchnorm_eval", **COMMON, kinds=1)
+@zoo("batchnorm_eval", **COMMON, kinds=1, batched=None)
 def batchnorm_eval() -> nn.Module:
     """BatchNorm with running statistics as constants."""
     return Loop([BatchNormLayer() for _ in range(L)])

@@ -1,7 +1,7 @@
 """Calls that cannot be served: a clear result or a clear error, each by its text.
 
-"Clear" means: the words that name the cause are in the warning or in the error, and the result, where
-there is one, is that of the plain model.
+"Clear" means: the words that name the cause are in the warning or in the error, and the result,
+where there is one, is that of the plain model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.helpers import (
     run_sequential,
     snapshot,
 )
-from tests.models import ZOO, D, L, Loop, Mix, B, T, dropout_train, tokens
+from tests.models import ZOO, B, D, L, Loop, Mix, T, dropout_train, tokens
 
 # ------------------------------------------------------------------- wrong dtype, device, shape
 

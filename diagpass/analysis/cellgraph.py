@@ -21,6 +21,7 @@ from diagpass.ir import Cell, CellGraph
 
 log = logging.getLogger(__name__)
 
+DEEPER_PAYS = 0.6  # modules further in are taken as cells only if that saves this much
 
 def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGraph | None:
     """Cut a functional graph into cells and glue.
@@ -39,11 +40,12 @@ def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGr
     """
     best: tuple[int, CellGraph] | None = None
     for proposal in propose(gm.graph, globs):
-        owner, calls = assign(gm.graph, proposal)
-        found = _build(gm, owner, calls)
+        choices = [_build(gm, *assign(gm.graph, proposal, absorb)) for absorb in (True, False)]
+        found = min(choices, key=_operations)
         cost = _operations(found)
-        log.debug("cells %s...: %d cells, %d operations", calls[0].path, len(calls), cost)
-        if best is None or cost < best[0]:
+        first = found.cells[0].path
+        log.debug("cells %s...: %d cells, %d operations", first, len(found.cells), cost)
+        if best is None or cost < best[0] * DEEPER_PAYS:
             best = (cost, found)
     return None if best is None else best[1]
 
@@ -91,5 +93,8 @@ def _operations(cells: CellGraph) -> int:
     """How many calls the schedule makes: one per operation of a group, one per operation of glue."""
     size = {kind.index: len(cells.cells[kind.cells[0]].nodes) for kind in cells.kinds}
     batched = sum(size[group.kind] for wave in schedule(cells).waves for group in wave.groups)
-    glue = sum(is_operation(node) and node not in cells.owner for node in cells.graph.graph.nodes)
+    glue = sum(
+        is_operation(node) and node not in cells.owner and bool(node.users)
+        for node in cells.graph.graph.nodes
+    )
     return batched + glue

@@ -14,21 +14,26 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 
 import networkx as nx
+import torch
 import torch.fx as fx
 
-from diagpass.capture.marks import Call, calls_of
+from diagpass.capture.marks import Call, all_calls
 
 Proposal = dict[fx.Node, Call]
 
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
 
 def is_operation(node: fx.Node) -> bool:
-    """Whether the node computes something (placeholders, constants and the output do not)."""
-    return node.op in ("call_function", "call_method", "call_module")
+    """Whether the node computes tensors (placeholders, constants and Python numbers do not)."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return False
+    return not isinstance(node.meta.get("val"), (int, float, bool, *_SYMBOLIC))
 
 
 def propose(graph: fx.Graph, globs: Sequence[str] | None) -> Iterator[Proposal]:
     """Possible choices of cells, outermost modules first; the last ones are less likely."""
-    calls = {node: calls_of(node) for node in graph.nodes if is_operation(node)}
+    calls = {node: stack for node, stack in all_calls(graph).items() if is_operation(node)}
     if globs is not None:
         yield _matching(calls, globs)
         return

@@ -18,16 +18,30 @@ import torch
 import torch.fx as fx
 
 from diagpass.analysis.cells import Proposal, contract, is_operation
+from diagpass.analysis.complete import complete
 from diagpass.capture.marks import Call
 
 Owner = dict[fx.Node, int]
 aten = torch.ops.aten
 
+_ABSOLUTE = (aten.as_strided.default, aten.as_strided_scatter.default)
 _SELECTIONS = (aten.select.int, aten.slice.Tensor, aten.unbind.int, operator.getitem)
 
 
-def assign(graph: fx.Graph, proposal: Proposal) -> tuple[Owner, list[Call]]:
+def assign(
+    graph: fx.Graph, proposal: Proposal, absorb: bool = True
+) -> tuple[Owner, list[Call]]:
     """Number the proposal's calls, close them and give them the glue between them.
+
+    Parameters
+    ----------
+    graph
+        The functional graph; equal glue is merged in place.
+    proposal
+        Which call each node belongs to.
+    absorb
+        Whether glue between cells joins the cell that produces it. Where it differs from layer to layer
+        (skip connections), joining it would make every layer a kind of its own.
 
     Returns
     -------
@@ -41,15 +55,19 @@ def assign(graph: fx.Graph, proposal: Proposal) -> tuple[Owner, list[Call]]:
         for node in graph.nodes
         if node in proposal and is_operation(node)
     }
-    _hoist_selections(graph, owner, calls)
+    _hoist(graph, owner, calls)
     owner = contract(graph, owner)
     owner, calls = join_siblings(graph, owner, calls)
     _adopt_constants(graph, owner)
     core = dict(owner)
-    _absorb(graph, owner)
-    _absorb_alike(graph, core, owner)
+    if absorb:
+        _absorb(graph, owner)
+        _absorb_alike(graph, core, owner)
     owner = contract(graph, owner)
-    return _renumber(graph, owner, calls)
+    _gather_glue(graph, owner)
+    owner, calls = _renumber(graph, owner, calls)
+    complete(graph, owner, calls)
+    return owner, calls
 
 
 def dependencies(graph: fx.Graph, owner: Owner) -> nx.DiGraph:
@@ -75,10 +93,12 @@ def levels(dag: nx.DiGraph) -> int:
     return nx.dag_longest_path_length(dag, default_weight=1, weight="") + 1 if len(dag) else 0
 
 
-def _hoist_selections(graph: fx.Graph, owner: Owner, calls: list[Call]) -> None:
-    """Reads such as ``state[l]`` from a tensor that several layers share become glue.
+def _hoist(graph: fx.Graph, owner: Owner, calls: list[Call]) -> None:
+    """What a cell need not own becomes glue.
 
-    Inside a cell the literal index would make every layer a kind of its own.
+    Reads such as ``state[l]`` from a tensor that several layers share: inside a cell the literal index
+    would make every layer a kind of its own. Constants (``zeros``): inside, the first segment, which
+    makes its state, would be a kind of its own. Reads of the model's memory by absolute strides.
     """
     readers: dict[fx.Node, set[str]] = {}
     for node, cell in owner.items():
@@ -87,11 +107,43 @@ def _hoist_selections(graph: fx.Graph, owner: Owner, calls: list[Call]) -> None:
                 readers.setdefault(source, set()).add(calls[cell].path)
     hoisted: set[fx.Node] = set()
     for node in graph.nodes:
-        if node in owner and node.target in _SELECTIONS:
+        if node not in owner:
+            continue
+        if not node.all_input_nodes:  # zeros, arange: the same for every cell
+            hoisted.add(node)
+            del owner[node]
+        elif node.target in _ABSOLUTE:
+            if node.args[0] not in owner or node.target is aten.as_strided_scatter.default:
+                del owner[node]
+        elif node.target in _SELECTIONS:
             source = node.args[0]
             if source in hoisted or (source not in owner and len(readers.get(source, ())) > 1):
                 hoisted.add(node)
                 del owner[node]
+
+
+def _gather_glue(graph: fx.Graph, owner: Owner) -> None:
+    """Glue that no cell has a part in goes before all cells, and equal glue is computed once.
+
+    Masks, rotary tables and initial states are the same for every segment: cells that read one value
+    need no stacking.
+    """
+    first: dict[tuple, fx.Node] = {}
+    behind_cell: set[fx.Node] = set()
+    start = next((node for node in graph.nodes if node in owner), None)
+    for node in list(graph.nodes):
+        if node in owner or any(source in behind_cell for source in node.all_input_nodes):
+            behind_cell.add(node)
+            continue
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        key = (node.op, node.target, repr(node.args), repr(sorted(node.kwargs.items())))
+        same = first.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+        elif start is not None:
+            start.prepend(node)
 
 
 def _adopt_constants(graph: fx.Graph, owner: Owner) -> None:

@@ -31,6 +31,17 @@ _SAME_VALUE = {
 }
 
 
+# Constants that take their shape from a tensor: the value to fill with, None if it is an argument.
+_FILLS: dict[Any, float | None] = {
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.new_full.default: None,
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+    aten.full_like.default: None,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Fragment:
     """``source[start:stop]`` along the dimension in question; a unit lacks that dimension."""
@@ -68,6 +79,8 @@ def forward_aliases(gm: fx.GraphModule) -> int:
 
 def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """The node that holds the same value with fewer dependencies, or None."""
+    if node.target in _FILLS:
+        return _filled(graph, node)
     if node.target in _SAME_VALUE:
         return node.args[0]  # type: ignore[return-value]
     if node.target is aten.copy.default:
@@ -261,6 +274,23 @@ def _build(
                 args = (source, dim, fragment.start, fragment.stop)
                 parts.append(_emit(graph, node, aten.slice.Tensor, args))
         return parts[0] if len(parts) == 1 else _emit(graph, node, aten.cat.default, (parts, dim))
+
+
+def _filled(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """A constant shaped like a tensor does not depend on the tensor's values."""
+    if not _static(node) or not node.meta["val"].is_contiguous():
+        return None
+    value = _FILLS[node.target]
+    if value is None:
+        value = node.args[-1]
+        if not isinstance(value, (int, float, bool)):
+            return None
+    like = node.meta["val"]
+    kwargs = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+    with graph.inserting_before(node):
+        new = graph.call_function(aten.full.default, (list(like.shape), value), kwargs)
+    new.meta = dict(node.meta)
+    return new
 
 
 def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

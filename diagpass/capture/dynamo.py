@@ -71,6 +71,23 @@ def counters() -> set[str]:
     return found
 
 
+def bounded_deque() -> str | None:
+    """A name for a ``deque`` with ``maxlen`` that the captured frame touches, or None.
+
+    Dynamo (2.11 to 2.13) appends to a full one without dropping the oldest entry, so that what it
+    captures computes something else. Only meaningful inside a backend call.
+    """
+    try:
+        variables = InstructionTranslator.current_tx().output.side_effects.id_to_variable.values()
+    except (AttributeError, LookupError):
+        return None
+    for variable in variables:
+        bound = getattr(variable, "maxlen", None)
+        if bound is not None and bound.is_python_constant() and bound.as_python_constant() is not None:
+            return source_name(variable.source) if variable.source is not None else "a local deque"
+    return None
+
+
 def graph_break() -> tuple[str, str] | None:
     """The reason and ``file:line`` if the graph being compiled ends at a graph break, else None.
 

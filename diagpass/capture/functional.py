@@ -59,7 +59,17 @@ def functionalize(gm: fx.GraphModule, inputs: Sequence[Any], lower: Lower) -> Ca
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers (and so must keep its place in program order)."""
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.nondeterministic_seeded in node.target.tags
-    )
+    """Whether the node draws random numbers (and so must keep its place in program order).
+
+    Attention and dropout operations are tagged as random whatever their probability; with a
+    probability of 0 they draw nothing.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if "dropout_p" in names:
+        return given.get("dropout_p", 0.0) != 0.0
+    return given.get("p") != 0.0 and given.get("train") is not False

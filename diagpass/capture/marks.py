@@ -20,11 +20,15 @@ _DIGITS = re.compile(r"\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The ``count``-th call (from 0) of the module at ``path``, whose class is ``cls``."""
+    """The ``count``-th call (from 0) of the module at ``path``, whose class is ``cls``.
+
+    ``module`` identifies the module: one module may be reached by several paths.
+    """
 
     path: str
     count: int
     cls: str
+    module: str = ""
 
     @property
     def family(self) -> tuple[str, str]:
@@ -39,10 +43,8 @@ class Call:
 
 def module_path(raw: str) -> str:
     """Dynamo's name of a module as ``named_modules`` writes it: ``L['self'].a['0']`` -> ``a.0``."""
-    path = _ROOT.sub("", raw)
-    path = path.replace("._modules", "").replace(".__dict__", "")
-    path = _ITEM.sub(r".\1", path)
-    return path.strip(".")
+    path = _ITEM.sub(r".\1", _ROOT.sub("", raw))
+    return ".".join(part for part in path.split(".") if part not in ("", "_modules", "__dict__"))
 
 
 def calls_of(node: fx.Node) -> tuple[Call, ...]:
@@ -52,10 +54,39 @@ def calls_of(node: fx.Node) -> tuple[Call, ...]:
         path = module_path(raw)
         if not path:
             continue
-        _, at, count = str(key).rpartition("@")
+        module, _, count = str(key).partition("@")
         name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-        found.append(Call(path, int(count) if at and count.isdigit() else 0, name))
+        found.append(Call(path, int(count) if count.isdigit() else 0, name, module))
     return tuple(found)
+
+
+def all_calls(graph: fx.Graph) -> dict[fx.Node, tuple[Call, ...]]:
+    """The calls around every node, each module under one path and its calls numbered throughout.
+
+    Dynamo numbers the calls of a module per path by which it was reached; here a module has one path,
+    the shortest, and its calls are numbered in program order.
+    """
+    calls = {node: calls_of(node) for node in graph.nodes}
+    paths: dict[str, str] = {}
+    counts: dict[str, dict[tuple[str, int], int]] = {}
+    for stack in calls.values():
+        for call in stack:
+            known = paths.setdefault(call.module, call.path)
+            if (call.path.count("."), len(call.path)) < (known.count("."), len(known)):
+                paths[call.module] = call.path
+            numbers = counts.setdefault(call.module, {})
+            numbers.setdefault((call.path, call.count), len(numbers))
+    return {
+        node: tuple(
+            dataclasses.replace(
+                call,
+                path=paths[call.module],
+                count=counts[call.module][call.path, call.count],
+            )
+            for call in stack
+        )
+        for node, stack in calls.items()
+    }
 
 
 def source_line(node: fx.Node) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_flatten
 
 from diagpass.analysis.cells import is_operation
@@ -277,7 +278,8 @@ class _Emitter:
         if key not in self.numbers:
             name = f"numbers_{len(self.numbers)}"
             dtype = torch.float64 if isinstance(items[0], float) else torch.int64
-            self.root.register_buffer(name, torch.tensor(items, dtype=dtype), persistent=False)
+            with unset_fake_temporarily():
+                self.root.register_buffer(name, torch.tensor(items, dtype=dtype), persistent=False)
             self.numbers[key] = self.graph.get_attr(name)
         return self.numbers[key]
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from diagpass.errors import BatchingError
@@ -76,24 +77,29 @@ def apply(target: Any, width: int, args: tuple, kwargs: dict) -> Any:
 
 
 def _vmapped(target: Any, args: tuple, kwargs: dict) -> Any:
+    """The operation under ``torch.vmap``, or else its decomposition under ``torch.vmap``."""
     leaves, spec = tree_flatten((args, kwargs))
     at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Stacked)]
-
-    def one(*tensors: torch.Tensor) -> Any:
-        filled = list(leaves)
-        for place, tensor in zip(at, tensors, strict=True):
-            filled[place] = tensor
-        new_args, new_kwargs = tree_unflatten(filled, spec)
-        return target(*new_args, **new_kwargs)
-
     tensors = [leaves[place].tensor for place in at]
-    try:
-        with _no_vmap_fallback():
-            found = torch.vmap(one)(*tensors)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BatchingError(f"operation {target} has no batching rule ({reason})") from error
-    return tree_map(lambda out: Stacked(out) if isinstance(out, torch.Tensor) else out, found)
+    reason: Exception | None = None
+    for function in filter(None, (target, decomposition_table.get(target))):
+
+        def one(*operands: torch.Tensor, function: Any = function) -> Any:
+            filled = list(leaves)
+            for place, operand in zip(at, operands, strict=True):
+                filled[place] = operand
+            new_args, new_kwargs = tree_unflatten(filled, spec)
+            return function(*new_args, **new_kwargs)
+
+        try:
+            with _no_vmap_fallback():
+                found = torch.vmap(one)(*tensors)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reason = reason or error
+            continue
+        return tree_map(lambda out: Stacked(out) if isinstance(out, torch.Tensor) else out, found)
+    said = str(reason).strip().split("\n")[0]
+    raise BatchingError(f"operation {target} has no batching rule ({said})") from reason
 
 
 @contextlib.contextmanager
@@ -239,3 +245,13 @@ def _lstm_cell(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
 @rule(aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 def _same(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
     return args[0]
+
+
+@rule(aten.select_scatter.default, aten.slice_scatter.default)
+def _scatter(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+    """Scatter along a dimension that has moved one to the right."""
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    base, source = _stack(given.pop("self"), width), _stack(given.pop("src"), width)
+    dim = given.pop("dim", 0)
+    return Stacked(target(base, source, dim + 1 if dim >= 0 else dim, **given))
