@@ -275,7 +275,7 @@ def main() -> None:
                 lambda: armt.build(
                     base="llama",
                     layers=4,
-                    segments=6,
+                    segments=4,
                     batch=1,
                     segment_size=32,
                     d_model=256,

@@ -74,10 +74,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
     """`state_of` with tensors copied, to compare with later."""
-    return {
-        path: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-        for path, leaf in state_of(module).items()
-    }
+    return {path: clone_tree(leaf) for path, leaf in state_of(module).items()}
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
@@ -142,6 +139,8 @@ def assert_state_same(
 
 def clone_tree(value: Any) -> Any:
     """A copy with tensors detached and cloned (deepcopy refuses tensors with history)."""
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), value.requires_grad)
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -158,6 +158,64 @@ def test_armt_memory_holds_the_value_last_written_for_a_key(heads: int, gating: 
     assert not layer.associate(token).any()
 
 
+def features_by_hand(x: Tensor, nu: int = 3) -> Tensor:
+    """DPFP of one vector [d] as its definition has it, scaled to unit length."""
+    r = torch.cat([x.clamp(min=0), (-x).clamp(min=0)])
+    phi = torch.stack([r[i] * r[i - j] for j in range(1, nu + 1) for i in range(len(r))])
+    return phi / phi.norm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"n_heads": 2}, {"gating": True, "n_heads": 2}, {"correction": False}]
+    + [{"use_denom": False}],
+    ids=str,
+)
+@torch.no_grad()
+def test_armt_memory_against_loops_over_tokens(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    batch, tokens, width, d_mem = 2, 3, 8, 4
+    layer = armt.AssociativeLayerWrapper(nn.Linear(width, width), width, tokens, d_mem, **options)
+    layer.double()
+    nn.init.normal_(layer.W_mv.weight)
+    segments = torch.randn(3, batch, tokens, width, dtype=torch.float64)
+    queries = torch.randn(batch, 5, width, dtype=torch.float64)
+    for segment in segments:
+        layer.update_mem(segment)
+        layer.first_seg = False
+    got = layer.associate(queries)
+
+    heads = layer.n_heads
+
+    def part(x: Tensor, head: int) -> Tensor:
+        return x.chunk(heads)[head]
+
+    def read(key: Tensor, memory: Tensor, z: Tensor) -> Tensor:
+        return key @ memory / (key @ z + 1e-5 if layer.use_denom else 1)
+
+    for b in range(batch):
+        for head in range(heads):
+            memory = torch.zeros(6 * d_mem // heads, width // heads, dtype=torch.float64)
+            z = torch.zeros(6 * d_mem // heads, dtype=torch.float64)
+            for s, segment in enumerate(segments):
+                # all tokens of a segment see the memory as the segment before has left it
+                before, z_before = memory.clone(), z.clone()
+                for x in segment[b]:
+                    key = features_by_hand(part(layer.W_mk(x), head))
+                    strength = part(layer.W_mb(x).sigmoid(), head)
+                    known = read(key, before, z_before) if s else 0
+                    value = part(layer.W_mv(x), head)
+                    memory += torch.outer(key, strength * (value - known))
+                    is_new = 1 - (key @ z_before + 1e-5) if s and layer.correction else 1
+                    z += max(float(is_new), 0) * key
+            torch.testing.assert_close(layer.W_mem[b, head], memory)
+            if layer.use_denom:
+                torch.testing.assert_close(layer.z[b, head], z)
+            for t, x in enumerate(queries[b]):
+                expected = read(features_by_hand(part(layer.W_mq(x), head)), memory, z)
+                torch.testing.assert_close(part(got[b, t], head), expected)
+
+
 @pytest.mark.parametrize("option", [{"correction": False}, {"use_denom": False}, {"gating": True}])
 @torch.no_grad()
 def test_armt_options_change_the_result(option: dict[str, Any]) -> None:
@@ -351,6 +409,30 @@ def test_relative_shift_moves_scores_from_distances_to_keys() -> None:
 
 
 @torch.no_grad()
+def test_relative_attention_against_loops_over_positions() -> None:
+    torch.manual_seed(0)
+    attn = transformer_xl.RelativeAttention(8, 2).double()
+    context = torch.randn(1, 5, 8, dtype=torch.float64)  # two remembered, three of the segment
+    r = transformer_xl.sinusoids(5, like=context)
+    future = torch.ones(3, 5, dtype=torch.bool).triu(diagonal=3)
+    got = attn(context[:, 2:], context, r, future)[0]
+    for i in range(3):
+        heads = []
+        for h in range(2):
+            e = slice(4 * h, 4 * h + 4)
+            q, v = attn.W_q(context[0, 2 + i])[e], attn.W_v(context[0])[:, e]
+            scores = []
+            for j in range(2 + i + 1):
+                distance = torch.tensor([2 + i - j]) / 10000 ** (torch.arange(0, 8, 2) / 8)
+                encoding = torch.cat([distance.sin(), distance.cos()]).double()
+                content = (q + attn.u[h]) @ attn.W_ke(context[0, j])[e]
+                position = (q + attn.v[h]) @ attn.W_kr(encoding)[e]
+                scores.append((content + position) / 4**0.5)
+            heads.append(torch.stack(scores).softmax(0) @ v[: len(scores)])
+        torch.testing.assert_close(got[i], attn.W_o(torch.cat(heads)), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
 def test_transformer_xl_with_a_long_memory_is_full_causal_attention() -> None:
     model, (ids,) = transformer_xl.build(
         layers=3, segments=4, mem_len=64, dtype=torch.float64, **TINY
@@ -359,7 +441,7 @@ def test_transformer_xl_with_a_long_memory_is_full_causal_attention() -> None:
     got, mems = model(ids)
     assert [tuple(mem.shape) for mem in mems] == [(2, 18, 16)] * 3
     model.segment_size = ids.shape[1]
-    torch.testing.assert_close(got, model(ids)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, model(ids)[0], rtol=1e-10, atol=1e-12)
 
 
 @torch.no_grad()

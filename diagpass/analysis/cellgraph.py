@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch.fx as fx
 
-from diagpass.analysis.cells import is_operation, propose
+from diagpass.analysis.cells import Proposal, is_operation, propose
 from diagpass.analysis.dag import assign, dependencies
 from diagpass.analysis.kinds import find_kinds
 from diagpass.analysis.schedule import schedule
@@ -40,14 +40,23 @@ def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGr
     """
     best: tuple[int, CellGraph] | None = None
     for proposal in propose(gm.graph, globs):
-        choices = [_build(gm, *assign(gm.graph, proposal, absorb)) for absorb in (True, False)]
-        found = min(choices, key=_operations)
-        cost = _operations(found)
+        cost, found = _better(gm, proposal)
         first = found.cells[0].path
         log.debug("cells %s...: %d cells, %d operations", first, len(found.cells), cost)
         if best is None or cost < best[0] * DEEPER_PAYS:
             best = (cost, found)
     return None if best is None else best[1]
+
+
+def _better(gm: fx.GraphModule, proposal: Proposal) -> tuple[int, CellGraph]:
+    """The proposal with or without the glue between its cells, whichever needs fewer operations."""
+    with_glue = _build(gm, *assign(gm.graph, proposal))
+    cost = _operations(with_glue)
+    if not any(node not in proposal for node in with_glue.owner):
+        return cost, with_glue
+    without = _build(gm, *assign(gm.graph, proposal, absorb=False))
+    other = _operations(without)
+    return (cost, with_glue) if cost <= other else (other, without)
 
 
 def _build(gm: fx.GraphModule, owner: dict[fx.Node, int], calls: list[Call]) -> CellGraph:

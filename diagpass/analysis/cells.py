@@ -42,7 +42,7 @@ def propose(graph: fx.Graph, globs: Sequence[str] | None) -> Iterator[Proposal]:
         for call in stack:
             members.setdefault(call.family, set()).add(call.path)
     families = {family for family, paths in members.items() if len(paths) >= 2}
-    depth = 0
+    depth = largest = 0
     while True:
         proposal: Proposal = {}
         for node, stack in calls.items():
@@ -51,7 +51,10 @@ def propose(graph: fx.Graph, globs: Sequence[str] | None) -> Iterator[Proposal]:
                 proposal[node] = inside[depth]
         if not proposal:
             break
-        yield proposal
+        size = max(len(members[call.family]) for call in set(proposal.values()))
+        if size > largest:  # modules further in can only be batched wider if there are more of them
+            largest = size
+            yield proposal
         depth += 1
     if not families:
         yield from _repeated_alone(calls)

@@ -63,7 +63,7 @@ def assign(
     if absorb:
         _absorb(graph, owner)
         _absorb_alike(graph, core, owner)
-    owner = contract(graph, owner)
+        owner = contract(graph, owner)
     _gather_glue(graph, owner)
     owner, calls = _renumber(graph, owner, calls)
     complete(graph, owner, calls)
@@ -226,6 +226,9 @@ def _absorb_alike(graph: fx.Graph, core: Owner, owner: Owner) -> None:
             inner.setdefault(core[node], []).append(node)
         elif node in owner:
             extra.setdefault(owner[node], []).append(node)
+    if not extra:
+        return
+    of_node, of_cell = _ancestors(graph, owner)
     alike: dict[tuple, list[int]] = {}
     for cell, nodes in inner.items():
         alike.setdefault(tuple(node.target for node in nodes), []).append(cell)
@@ -239,11 +242,8 @@ def _absorb_alike(graph: fx.Graph, core: Owner, owner: Owner) -> None:
             if len(have) >= len(wanted):
                 continue
             match = _match(inner[template], wanted, inner[cell], owner, cell, position)
-            if match is None:
-                continue
-            trial = dict(owner)
-            trial.update((node, cell) for node in match)
-            if contract(graph, trial) == trial:
+            allowed = of_cell[cell] | (1 << cell)
+            if match is not None and all(of_node[node] & ~allowed == 0 for node in match):
                 owner.update((node, cell) for node in match)
 
 

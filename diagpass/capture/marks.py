@@ -9,6 +9,7 @@ modules of one class whose paths differ only in digits, such as ``model.layers.0
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import torch.fx as fx
@@ -33,7 +34,7 @@ class Call:
     @property
     def family(self) -> tuple[str, str]:
         """What the call's module shares with its siblings: the path without digits, and the class."""
-        return _DIGITS.sub("*", self.path), self.cls
+        return _without_digits(self.path), self.cls
 
     @property
     def digits(self) -> tuple[int, ...]:
@@ -41,6 +42,12 @@ class Call:
         return tuple(int(number) for number in _DIGITS.findall(self.path))
 
 
+@functools.lru_cache(maxsize=4096)
+def _without_digits(path: str) -> str:
+    return _DIGITS.sub("*", path)
+
+
+@functools.lru_cache(maxsize=4096)
 def module_path(raw: str) -> str:
     """Dynamo's name of a module as ``named_modules`` writes it: ``L['self'].a['0']`` -> ``a.0``."""
     path = _ITEM.sub(r".\1", _ROOT.sub("", raw))
