@@ -166,9 +166,7 @@ class _PerShape:
         self._made: dict[tuple, Any] = {}
 
     def __call__(self, args: Sequence[Any]) -> tuple[Callable[..., Any], Report]:
-        key = tuple(
-            (arg.shape, arg.stride()) if isinstance(arg, torch.Tensor) else arg for arg in args
-        )
+        key = tuple((arg.shape, arg.stride()) if isinstance(arg, torch.Tensor) else arg for arg in args)
         if key not in self._made:
             if len(self._made) >= MAX_SHAPES:
                 self._made.pop(next(iter(self._made)))
@@ -186,11 +184,7 @@ def _is_weight(node: fx.Node, value: Any) -> bool:
         return True
     grapharg = node.meta.get("grapharg")
     source = getattr(grapharg, "source", None)
-    return (
-        source is not None
-        and isinstance(value, torch.Tensor)
-        and "_buffers" in dynamo.source_name(source)
-    )
+    return source is not None and isinstance(value, torch.Tensor) and "_buffers" in dynamo.source_name(source)
 
 
 def _is_symbolic(value: Any) -> bool:

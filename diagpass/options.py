@@ -63,9 +63,7 @@ class Options:
         valid = [field.name for field in dataclasses.fields(cls)]
         for name, value in given.items():
             if name not in valid:
-                raise OptionError(
-                    f"unknown option {name!r}; the valid options are: {', '.join(valid)}"
-                )
+                raise OptionError(f"unknown option {name!r}; the valid options are: {', '.join(valid)}")
             if name in _CHOICES and value not in _CHOICES[name]:
                 choices = ", ".join(repr(choice) for choice in _CHOICES[name])
                 raise OptionError(f"option {name!r} is one of {choices}; got {value!r}")

@@ -80,8 +80,7 @@ class _Grid:
         """
         data = report.to_dict()
         cells = tuple(
-            _Cell(int(c["segment"]), int(c["layer"]), int(c["kind"]), int(c["wave"]))
-            for c in data["grid"]
+            _Cell(int(c["segment"]), int(c["layer"]), int(c["kind"]), int(c["wave"])) for c in data["grid"]
         )
         if not cells:
             raise ValueError("the report has no cells, so there is no grid to draw")
@@ -131,8 +130,7 @@ def _load(name: str, extra: str, what: str) -> ModuleType:
     except ImportError as error:
         package = name.partition(".")[0]
         raise ImportError(
-            f"{what} needs {package}, which is not installed; "
-            f'pip install "diagpass[{extra}]" brings it'
+            f'{what} needs {package}, which is not installed; pip install "diagpass[{extra}]" brings it'
         ) from error
 
 
@@ -594,9 +592,7 @@ def _mark_window(axes: Axes, segments: range, layers: range) -> None:
     from matplotlib.patches import Rectangle
 
     corner = (segments[0] - 0.5, layers[0] - 0.5)
-    axes.add_patch(
-        Rectangle(corner, len(segments), len(layers), fill=False, edgecolor="black", linewidth=2)
-    )
+    axes.add_patch(Rectangle(corner, len(segments), len(layers), fill=False, edgecolor="black", linewidth=2))
 
 
 def _draw_widths(axes: Axes, grid: _Grid) -> None:
@@ -610,10 +606,7 @@ def _draw_widths(axes: Axes, grid: _Grid) -> None:
     widths = [sum(kinds.values()) for kinds in grid.widths]
     stripes = grid.num_waves <= _MAX_STRIPES
     colours = [_wave_rgb(wave, grid.num_waves, stripes=stripes) for wave in waves]
-    bars = [
-        Rectangle((wave - gap / 2, 0), gap, height)
-        for wave, height in zip(waves, widths, strict=True)
-    ]
+    bars = [Rectangle((wave - gap / 2, 0), gap, height) for wave, height in zip(waves, widths, strict=True)]
     axes.add_collection(PatchCollection(bars, facecolor=colours))
     if len(widths) <= 40:
         for wave, kinds in enumerate(grid.widths):

@@ -79,8 +79,7 @@ class Report:
         if self.chain is not None:
             ends = (("source", self.chain.source), ("target", self.chain.target))
             found["chain"] = {
-                name: {"path": cell.path, "layer": cell.layer, "segment": cell.segment}
-                for name, cell in ends
+                name: {"path": cell.path, "layer": cell.layer, "segment": cell.segment} for name, cell in ends
             }
         return found
 
@@ -116,9 +115,7 @@ def make_report(analysis: Analysis, ran: str | None = None) -> Report:
     kinds = analysis.cells.kinds if analysis.cells else ()
     kind_of = analysis.cells.kind_of if analysis.cells else {}
     waves = analysis.schedule.waves
-    wave_of = {
-        cell: at for at, wave in enumerate(waves) for group in wave.groups for cell in group.cells
-    }
+    wave_of = {cell: at for at, wave in enumerate(waves) for group in wave.groups for cell in group.cells}
     emitted = analysis.emitted
     return Report(
         segments=len({cell.segment for cell in cells}),
@@ -157,8 +154,7 @@ def make_report(analysis: Analysis, ran: str | None = None) -> Report:
         ],
         edges=sorted([a, b] for a, b in analysis.cells.dag.edges) if analysis.cells else [],
         schedule=[
-            [{"kind": group.kind, "cells": list(group.cells)} for group in wave.groups]
-            for wave in waves
+            [{"kind": group.kind, "cells": list(group.cells)} for group in wave.groups] for wave in waves
         ],
     )
 

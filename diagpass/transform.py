@@ -6,6 +6,7 @@ run as wavefronts. ``explain(model, ...)`` says what would be done and why, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -36,9 +37,7 @@ log = logging.getLogger(__name__)
 __all__ = ["Transformed", "explain", "transform"]
 
 _numbers = itertools.count()
-_OWN = frozenset(
-    ("_original", "_options", "_session", "_entry", "_lock", "_failed", "_verified", "forward")
-)
+_OWN = frozenset(("_original", "_options", "_session", "_entry", "_lock", "_failed", "_verified", "forward"))
 
 
 def transform(
@@ -189,8 +188,7 @@ def _as_call(inputs: Sequence[Any] | Mapping[str, Any]) -> tuple[tuple, dict]:
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
     raise OptionError(
-        "example_inputs is a tuple of positional or a dict of keyword inputs; "
-        f"got {type(inputs).__name__}"
+        f"example_inputs is a tuple of positional or a dict of keyword inputs; got {type(inputs).__name__}"
     )
 
 
@@ -395,10 +393,8 @@ def _with_signature(run: Callable[..., Any], forward: Callable[..., Any]) -> Cal
     def call(*args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
 
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         call.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        pass
     return call
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten_with_path, keystr
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from diagpass.errors import VerificationError
 from diagpass.state import Snapshot, named_state
@@ -83,9 +83,7 @@ class Reference:
             )
         return errors
 
-    def _pairs(
-        self, model: nn.Module, outputs: Any
-    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    def _pairs(self, model: nn.Module, outputs: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         got, got_spec = tree_flatten_with_path(outputs)
         want, want_spec = tree_flatten_with_path(self.outputs)
         if got_spec != want_spec:

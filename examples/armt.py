@@ -106,9 +106,7 @@ class AssociativeLayerWrapper(nn.Module):
         if num_mem_tokens < 1:
             raise ValueError(f"num_mem_tokens must be at least 1, got {num_mem_tokens}")
         if d_mem % n_heads or d_model % n_heads:
-            raise ValueError(
-                f"n_heads={n_heads} must divide d_mem={d_mem} and d_model={d_model} evenly"
-            )
+            raise ValueError(f"n_heads={n_heads} must divide d_mem={d_mem} and d_model={d_model} evenly")
         self.info = info
         self.d_model = d_model
         self.num_mem_tokens = num_mem_tokens
@@ -140,9 +138,7 @@ class AssociativeLayerWrapper(nn.Module):
         """Forget everything: an empty memory and a first segment to come."""
         like = self.W_mv.weight
         d_key, d_value = self.d_key // self.n_heads, self.d_model // self.n_heads
-        self.W_mem = torch.zeros(
-            1, self.n_heads, d_key, d_value, dtype=like.dtype, device=like.device
-        )
+        self.W_mem = torch.zeros(1, self.n_heads, d_key, d_value, dtype=like.dtype, device=like.device)
         if self.use_denom:
             self.z = torch.zeros(1, self.n_heads, d_key, dtype=like.dtype, device=like.device)
         self.first_seg = True
@@ -316,9 +312,7 @@ class AssociativeMemoryCell(nn.Module):
             )
             if freeze_mem:
                 self.layers[at].freeze_mem()
-        memory = torch.randn(
-            num_mem_tokens, self.d_model, dtype=embeddings.dtype, device=embeddings.device
-        )
+        memory = torch.randn(num_mem_tokens, self.d_model, dtype=embeddings.dtype, device=embeddings.device)
         self.memory = nn.Parameter(memory * embeddings.detach().std())
 
     def zero_mem(self) -> None:
@@ -478,9 +472,7 @@ class AssociativeRecurrentWrapper(nn.Module):
         if zero_mem:
             self.memory_cell.zero_mem()
         cell_outputs = []
-        for segment in self.segment(
-            input_ids=input_ids, labels=labels, attention_mask=attention_mask
-        ):
+        for segment in self.segment(input_ids=input_ids, labels=labels, attention_mask=attention_mask):
             cell_out = self.memory_cell(**segment, output_hidden_states=output_hidden_states)
             cell_outputs.append(cell_out)
         return self.process_outputs(cell_outputs, labels, output_hidden_states)

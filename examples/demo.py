@@ -208,9 +208,7 @@ def show_timings(build: Callable[[], tuple[nn.Module, tuple[Any, ...]]], repeats
     if has_compiler():
         compilers.append("inductor")
     else:
-        console.print(
-            "no C++ compiler found: Inductor needs one on the CPU, so its row is left out"
-        )
+        console.print("no C++ compiler found: Inductor needs one on the CPU, so its row is left out")
     runs: dict[str, Callable[[], object]] = {"sequential": lambda: model(*inputs)}
     expected = dict(tensors(model(*inputs)))
     for compiler in compilers:
@@ -223,9 +221,12 @@ def show_timings(build: Callable[[], tuple[nn.Module, tuple[Any, ...]]], repeats
             start = time.perf_counter()
             _, error, _ = largest_error(tensors(fast(*inputs)), iter(expected.items()))
             first = time.perf_counter() - start
-        for warning in said:
-            if issubclass(warning.category, diagpass.DiagpassWarning):
-                console.print(f"{name}: {warning.message}", style="yellow", markup=False)
+        ours = [w.message for w in said if issubclass(w.category, diagpass.DiagpassWarning)]
+        for message in ours:
+            first_line = str(message).splitlines()[0]
+            console.print(f"{name}: {first_line}", style="yellow", markup=False)
+        if ours:
+            name += " (see warnings)"
         console.print(
             f"{name}: transform's first call {first:.1f} s, ran: {fast.report.ran}, "
             f"largest relative error {error:.0e}"

@@ -165,9 +165,7 @@ class RecurrentWrapper(nn.Module):
         return out
 
 
-def wrap(
-    base_model: PreTrainedModel, segment_size: int, num_mem_tokens: int = 4
-) -> RecurrentWrapper:
+def wrap(base_model: PreTrainedModel, segment_size: int, num_mem_tokens: int = 4) -> RecurrentWrapper:
     """Make an RMT of any Hugging Face causal LM."""
     return RecurrentWrapper(MemoryCell(base_model, num_mem_tokens), segment_size)
 

@@ -159,18 +159,14 @@ class TransformerXL(nn.Module):
     ) -> None:
         super().__init__()
         if segment_size < 1 or mem_len < 1:
-            raise ValueError(
-                f"segment_size and mem_len must be at least 1, got {segment_size} and {mem_len}"
-            )
+            raise ValueError(f"segment_size and mem_len must be at least 1, got {segment_size} and {mem_len}")
         self.segment_size = segment_size
         self.mem_len = mem_len
         self.embed = nn.Embedding(vocab, d_model)
         self.layers = nn.ModuleList(TransformerXLLayer(d_model, heads, d_ff) for _ in range(layers))
         self.head = nn.Linear(d_model, vocab)
 
-    def forward(
-        self, ids: Tensor, mems: list[Tensor] | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    def forward(self, ids: Tensor, mems: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor | None]]:
         """Run all segments in turn.
 
         Parameters

@@ -383,9 +383,7 @@ def true_dependencies(
             module, queue = members[0], iter(cells)
             state: dict[str, Any] = {"cell": None}
 
-            def before(
-                module: nn.Module, *_: Any, queue: Any = queue, state: dict[str, Any] = state
-            ) -> None:
+            def before(module: nn.Module, *_: Any, queue: Any = queue, state: dict[str, Any] = state) -> None:
                 state["cell"] = next(queue, None)
                 if changed is not None and state["cell"] == changed:
                     state["saved"] = [p.detach().clone() for p in module.parameters()]
@@ -394,9 +392,7 @@ def true_dependencies(
                         noise = torch.rand(p.shape, generator=generator, dtype=torch.float64)
                         p.data.add_((0.01 + 0.01 * noise).to(p.dtype))
 
-            def after(
-                module: nn.Module, args: Any, out: Any, state: dict[str, Any] = state
-            ) -> None:
+            def after(module: nn.Module, args: Any, out: Any, state: dict[str, Any] = state) -> None:
                 if changed is not None and state["cell"] == changed:
                     for p, old in zip(module.parameters(), state["saved"], strict=True):
                         p.data.copy_(old)
@@ -422,17 +418,14 @@ def true_dependencies(
         assert seen is not None
         for j in range(len(grid)):
             same = len(seen[j]) == len(plain[j]) and all(
-                torch.equal(a.nan_to_num(), b.nan_to_num())
-                for a, b in zip(seen[j], plain[j], strict=True)
+                torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(seen[j], plain[j], strict=True)
             )
             if i != j and not same:
                 found.add((i, j))
     return found
 
 
-def check_true_dependencies(
-    model: nn.Module, inputs: tuple[Any, ...], report: diagpass.Report
-) -> bool:
+def check_true_dependencies(model: nn.Module, inputs: tuple[Any, ...], report: diagpass.Report) -> bool:
     """Every dependency found by experiment is a path in the reported graph.
 
     Returns whether the experiment could be made.

@@ -176,9 +176,7 @@ class Loop(nn.Module):
 class StateLoop(nn.Module):
     """The other common loop: bodies are pure, the loop owns the state. Subclasses say how."""
 
-    def __init__(
-        self, layers: int = L, width: int = D, body: Callable[[], nn.Module] = Mix
-    ) -> None:
+    def __init__(self, layers: int = L, width: int = D, body: Callable[[], nn.Module] = Mix) -> None:
         super().__init__()
         self.width = width
         self.embed = nn.Linear(width, width)
@@ -535,9 +533,7 @@ class QueueLoop(StateLoop):
     def __init__(self, kind: type = list) -> None:
         super().__init__()
         zeros = [[torch.zeros(B, D, dtype=torch.float64) for _ in range(2)] for _ in range(L)]
-        self.store = {
-            f"layer{i}": deque(z, maxlen=2) if kind is deque else z for i, z in enumerate(zeros)
-        }
+        self.store = {f"layer{i}": deque(z, maxlen=2) if kind is deque else z for i, z in enumerate(zeros)}
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S * T, D] -> [B, S * T, D]."""
@@ -1516,9 +1512,7 @@ class LookupLoop(nn.Module):
         self.head = nn.Linear(D, 11, bias=False)
         self.head.weight = self.embed.weight
 
-    def forward(
-        self, ids: Tensor, *, scale: float = 1.0, bias: Tensor | None = None
-    ) -> list[Tensor]:
+    def forward(self, ids: Tensor, *, scale: float = 1.0, bias: Tensor | None = None) -> list[Tensor]:
         """ids [B, S * T] -> S tensors of logits [B, T, 11]."""
         outs = []
         for part in ids.split(T, dim=1):

@@ -132,9 +132,7 @@ class Layer(nn.Module):
             return h + self.body.inp(h), m + h.mean(1, keepdim=True)
         return self.body(h, m)
 
-    def forward(
-        self, h: Tensor, m: Tensor | None, extra: list[Tensor], first: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, m: Tensor | None, extra: list[Tensor], first: bool) -> tuple[Tensor, Tensor]:
         """As `step`; m is None where the layer keeps its memory itself."""
         if m is not None:
             return self.step(h, m, extra, first)
@@ -203,9 +201,7 @@ class Model(nn.Module):
                     h, _ = layer(h, None, extra, s == 0)
                 else:
                     read = before[i] if spec.two_back else now[i]
-                    h, new = layer(
-                        h, read.clone() if spec.state == "stacked" else read, extra, s == 0
-                    )
+                    h, new = layer(h, read.clone() if spec.state == "stacked" else read, extra, s == 0)
                     if spec.two_back:
                         before[i] = now[i]
                     if spec.state == "restacked":

@@ -308,9 +308,7 @@ UNCAPTURABLE = {
 }
 
 
-@pytest.mark.parametrize(
-    "layer", [BranchLayer, ItemLayer, ItemIntLayer, PrintLayer, NumpyLayer, TryLayer]
-)
+@pytest.mark.parametrize("layer", [BranchLayer, ItemLayer, ItemIntLayer, PrintLayer, NumpyLayer, TryLayer])
 def test_what_cannot_be_captured_gives_the_plain_models_results(layer: type[nn.Module]) -> None:
     """Call after call, with data that takes every branch, batched or not."""
     model = Loop([layer() for _ in range(L)]).double().eval()
@@ -318,9 +316,7 @@ def test_what_cannot_be_captured_gives_the_plain_models_results(layer: type[nn.M
     with collect_warnings() as texts:
         for call in range(5):
             x = tokens() * (-1) ** call
-            assert_tree_same(
-                run_sequential(fast, (x,)), run_sequential(plain, (x,)), 1e-12, f"call {call}"
-            )
+            assert_tree_same(run_sequential(fast, (x,)), run_sequential(plain, (x,)), 1e-12, f"call {call}")
             assert_state_same(fast.original, plain, 1e-12)
     assert len(texts) <= 1, texts
     if fast.report is None or fast.report.ran == "sequential":

@@ -60,9 +60,7 @@ def test_a_training_step_is_seen_by_the_next_call() -> None:
             optimizer.zero_grad()
             _loss(run(*inputs)).backward()
             optimizer.step()
-    for (name, a), (_, b) in zip(
-        fast.original.named_parameters(), plain.named_parameters(), strict=True
-    ):
+    for (name, a), (_, b) in zip(fast.original.named_parameters(), plain.named_parameters(), strict=True):
         assert distance(a, b) <= 1e-11, name
 
 

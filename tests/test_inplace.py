@@ -223,9 +223,7 @@ class IteratorLayer(BufferLayer):
         return h
 
 
-@pytest.mark.parametrize(
-    "layer", [CounterAsDataLayer, FlipLayer, IteratorLayer, GlobalCounterLayer]
-)
+@pytest.mark.parametrize("layer", [CounterAsDataLayer, FlipLayer, IteratorLayer, GlobalCounterLayer])
 def test_python_state_that_changes_what_is_computed(layer: type[nn.Module]) -> None:
     """Four calls of a model whose Python state matters, each with the plain model's results."""
     model = Loop([layer() for _ in range(L)]).double().eval()

@@ -76,17 +76,13 @@ def test_rnn_stack(kind: str, layers: int, segments: int) -> None:
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_rnn_stack_bitwise(kind: str) -> None:
-    model, inputs = rnn_stack.build(
-        kind=kind, layers=3, segments=4, batch=2, d_model=8, dtype=torch.float64
-    )
+    model, inputs = rnn_stack.build(kind=kind, layers=3, segments=4, batch=2, d_model=8, dtype=torch.float64)
     assert_bitwise(model, inputs)
 
 
 @pytest.mark.parametrize("layers, segments", [(4, 6), (3, 2)])
 def test_transformer_xl(layers: int, segments: int) -> None:
-    model, inputs = transformer_xl.build(
-        layers=layers, segments=segments, batch=2, dtype=torch.float64
-    )
+    model, inputs = transformer_xl.build(layers=layers, segments=segments, batch=2, dtype=torch.float64)
     dag = true_dag(layers, segments, cached)
     assert nx.dag_longest_path_length(dag) + 1 == layers < segments + layers - 1
     report = diagpass.explain(model, *inputs)

@@ -116,8 +116,10 @@ def test_the_result_is_a_module_with_the_models_signature_and_attributes() -> No
     assert fast.layers[1].table is model.layers[1].table
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = fast.no_such_thing
-    expected = run_sequential(model, inputs, scale=0.5)
+    plain = copy.deepcopy(model)
+    expected = run_sequential(plain, inputs, scale=0.5)
     assert_tree_same(run_sequential(fast, inputs, scale=0.5), expected, 1e-12, "keyword")
+    expected = run_sequential(plain, inputs, scale=0.5)
     by_name = run_sequential(fast, (), ids=inputs[0], scale=0.5)
     assert_tree_same(by_name, expected, 1e-12, "all by name")
 
@@ -183,7 +185,8 @@ def test_example_inputs_capture_now_and_leave_the_state(name: str, as_dict: bool
     plain = copy.deepcopy(model)
     before = snapshot(model)
     example = {"x": inputs[0]} if as_dict else inputs
-    fast = diagpass.transform(model, example, options=forced())
+    with torch.no_grad():  # as the call below: a call that needs gradients is another capture
+        fast = diagpass.transform(model, example, options=forced())
     assert_state_same(model, before)
     assert fast.report is not None and fast.report.captures >= 1
     assert fast.report.waves == 6 or name == "cache_object"
@@ -193,6 +196,17 @@ def test_example_inputs_capture_now_and_leave_the_state(name: str, as_dict: bool
     assert_tree_same(run_sequential(fast, *arguments[:1], **arguments[1]), expected, 1e-12, "call")
     assert fast.report.captures == captures
     assert_state_same(fast.original, plain, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["buffer_copy_", "attribute", "stacked_buffer_dim1"])
+def test_capturing_with_gradients_enabled_leaves_the_state(name: str) -> None:
+    """In grad mode, a buffer that is written in place would begin to require gradients."""
+    model, inputs = ZOO[name]()
+    before = snapshot(model)
+    diagpass.transform(model, inputs, options=forced())
+    assert_state_same(model, before)
+    diagpass.explain(model, *inputs)
+    assert_state_same(model, before)
 
 
 def test_example_inputs_under_strict_raise_at_once() -> None:

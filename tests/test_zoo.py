@@ -49,9 +49,7 @@ def test_results_equal_and_waves_are_those_derived_by_hand(name: str) -> None:
 def test_unbatched_schedule_is_bitwise_equal(name: str) -> None:
     model, inputs = ZOO[name]()
     expect = EXPECT[name]
-    report = assert_bitwise(
-        model, inputs, calls=1, ran=expect.ran, returns_state=expect.returns_state
-    )
+    report = assert_bitwise(model, inputs, calls=1, ran=expect.ran, returns_state=expect.returns_state)
     if report.ran == "wavefront":
         check_schedule(report, max_width=1)
         assert report.batched_cells == 0

@@ -1,0 +1,1 @@
+"""FX graph -> cells and kinds -> dependencies -> waves."""

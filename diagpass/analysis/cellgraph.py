@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 DEEPER_PAYS = 0.6  # modules further in are taken as cells only if that saves this much
 
+
 def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGraph | None:
     """Cut a functional graph into cells and glue.
 
@@ -67,8 +68,7 @@ def _build(gm: fx.GraphModule, owner: dict[fx.Node, int], calls: list[Call]) -> 
     dag = dependencies(gm.graph, owner)
     places = _coordinates(calls, dag)
     cells = tuple(
-        Cell(index, call.path, *places[index], tuple(nodes[index]))
-        for index, call in enumerate(calls)
+        Cell(index, call.path, *places[index], tuple(nodes[index])) for index, call in enumerate(calls)
     )
     return CellGraph(gm, cells, find_kinds(cells), owner, dag)
 

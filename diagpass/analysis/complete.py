@@ -88,9 +88,7 @@ def _computed(node: fx.Node, owner: dict[fx.Node, int]) -> bool:
     return False
 
 
-def _corresponds(
-    node: fx.Node, other: fx.Node, image: dict[fx.Node, fx.Node], inside: set[fx.Node]
-) -> bool:
+def _corresponds(node: fx.Node, other: fx.Node, image: dict[fx.Node, fx.Node], inside: set[fx.Node]) -> bool:
     if node.target != other.target:
         return False
     left, left_spec = tree_flatten((node.args, node.kwargs))
@@ -103,9 +101,7 @@ def _corresponds(
                 return False
         elif isinstance(b, fx.Node) or type(a) is not type(b) or a != b:
             return False
-    return getattr(node.meta.get("val"), "shape", None) == getattr(
-        other.meta.get("val"), "shape", None
-    )
+    return getattr(node.meta.get("val"), "shape", None) == getattr(other.meta.get("val"), "shape", None)
 
 
 def _copy_missing(

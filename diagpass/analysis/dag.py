@@ -28,9 +28,7 @@ _ABSOLUTE = (aten.as_strided.default, aten.as_strided_scatter.default)
 _SELECTIONS = (aten.select.int, aten.slice.Tensor, aten.unbind.int, operator.getitem)
 
 
-def assign(
-    graph: fx.Graph, proposal: Proposal, absorb: bool = True
-) -> tuple[Owner, list[Call]]:
+def assign(graph: fx.Graph, proposal: Proposal, absorb: bool = True) -> tuple[Owner, list[Call]]:
     """Number the proposal's calls, close them and give them the glue between them.
 
     Parameters
@@ -51,9 +49,7 @@ def assign(
     calls = list(dict.fromkeys(proposal[node] for node in graph.nodes if node in proposal))
     numbers = {call: number for number, call in enumerate(calls)}
     owner: Owner = {
-        node: numbers[proposal[node]]
-        for node in graph.nodes
-        if node in proposal and is_operation(node)
+        node: numbers[proposal[node]] for node in graph.nodes if node in proposal and is_operation(node)
     }
     _hoist(graph, owner, calls)
     owner = contract(graph, owner)
@@ -327,9 +323,7 @@ def _varying(calls: list[Call]) -> list[tuple]:
     return [(tuple(call.digits[at] for at in keep), call.count) for call in calls]
 
 
-def _join(
-    graph: fx.Graph, owner: Owner, left: dict[tuple, int], right: dict[tuple, int]
-) -> Owner | None:
+def _join(graph: fx.Graph, owner: Owner, left: dict[tuple, int], right: dict[tuple, int]) -> Owner | None:
     """The owner map with ``right[key]`` joined to ``left[key]``, or None if that makes a cycle."""
     renamed = {right[key]: left[key] for key in left}
     trial = {node: renamed.get(cell, cell) for node, cell in owner.items()}

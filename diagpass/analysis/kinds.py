@@ -19,9 +19,7 @@ from diagpass.ir import Cell, Kind, Slot
 aten = torch.ops.aten
 
 # Operations whose second argument may be a number or a tensor.
-SCALAR_OPERAND = frozenset(
-    (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
-)
+SCALAR_OPERAND = frozenset((aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor))
 
 
 def find_kinds(cells: Sequence[Cell]) -> tuple[Kind, ...]:

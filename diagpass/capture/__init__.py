@@ -1,0 +1,1 @@
+"""Python -> functional FX graph whose nodes are marked with their module calls."""

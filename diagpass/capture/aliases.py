@@ -82,7 +82,7 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if node.target in _FILLS:
         return _filled(graph, node)
     if node.target in _SAME_VALUE:
-        return node.args[0]  # type: ignore[return-value]
+        return _argument(node, 0, "self", None)
     if node.target is aten.copy.default:
         return _copied(graph, node)
     read = _as_range(node)
@@ -99,7 +99,7 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _as_range(node: fx.Node) -> tuple[fx.Node, int, int, int, bool] | None:
     """``node`` as ``source[start:stop]`` along ``dim``; the flag says whether dim is dropped."""
-    args = node.args
+    args: Any = node.args
     if node.target is aten.select.int:
         source, dim, index = args
         if not _static(source) or not isinstance(index, int):
@@ -113,7 +113,7 @@ def _as_range(node: fx.Node) -> tuple[fx.Node, int, int, int, bool] | None:
         parent, index = args
         if not isinstance(index, int) or parent.op != "call_function" or not parent.args:
             return None
-        source = parent.args[0]
+        source = _argument(parent, 0, "self", None)
         if not _static(source):
             return None
         if parent.target is aten.unbind.int:
@@ -121,7 +121,7 @@ def _as_range(node: fx.Node) -> tuple[fx.Node, int, int, int, bool] | None:
             return source, dim, index % size, index % size + 1, True
         if parent.target in (aten.split.Tensor, aten.split_with_sizes.default):
             dim, size = _dim_size(source, _argument(parent, 2, "dim", 0))
-            sizes = parent.args[1]
+            sizes = _argument(parent, 1, "split_sizes", None)
             if isinstance(sizes, int):
                 start = index * sizes
                 return source, dim, start, min(start + sizes, size), False
@@ -132,7 +132,7 @@ def _as_range(node: fx.Node) -> tuple[fx.Node, int, int, int, bool] | None:
 
 
 def _slice_range(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
-    source = node.args[0]
+    source = _argument(node, 0, "self", None)
     start = _argument(node, 2, "start", None)
     stop = _argument(node, 3, "end", None)
     step = _argument(node, 4, "step", 1)
@@ -157,7 +157,8 @@ def _pieces(node: fx.Node, dim: int) -> list[_Fragment] | None:
     """``node`` as a concatenation along ``dim`` of parts of other nodes, or None if it is a leaf."""
     if node.op != "call_function" or not _static(node):
         return None
-    target, args = node.target, node.args
+    target: Any = node.target
+    args: Any = node.args
     size = node.meta["val"].shape[dim]
     if target in _SAME_VALUE or target is aten.clone.default:
         return [_Fragment(args[0], 0, size)] if _static(args[0]) else None
@@ -196,7 +197,11 @@ def _pieces(node: fx.Node, dim: int) -> list[_Fragment] | None:
     if target is aten.slice_scatter.default:
         base, source = args[:2]
         at, _ = _dim_size(node, _argument(node, 2, "dim", 0))
-        bounds = _clamp(_argument(node, 3, "start", None), _argument(node, 4, "end", None), size if at == dim else node.meta["val"].shape[at])
+        bounds = _clamp(
+            _argument(node, 3, "start", None),
+            _argument(node, 4, "end", None),
+            size if at == dim else node.meta["val"].shape[at],
+        )
         if bounds is None or _argument(node, 5, "step", 1) != 1 or not _static(base):
             return None
         start, stop = bounds
@@ -253,9 +258,7 @@ def _leaves(node: fx.Node, dim: int) -> set[fx.Node]:
     return {fragment.source for fragment in _locate(node, dim, 0, node.meta["val"].shape[dim])}
 
 
-def _build(
-    graph: fx.Graph, node: fx.Node, fragments: list[_Fragment], dim: int, drop_dim: bool
-) -> fx.Node:
+def _build(graph: fx.Graph, node: fx.Node, fragments: list[_Fragment], dim: int, drop_dim: bool) -> fx.Node:
     """Emit the fragments just before ``node``."""
     with graph.inserting_before(node):
         if drop_dim:
@@ -282,7 +285,7 @@ def _filled(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return None
     value = _FILLS[node.target]
     if value is None:
-        value = node.args[-1]
+        value = _argument(node, len(node.args) - 1, "fill_value", None)
         if not isinstance(value, (int, float, bool)):
             return None
     like = node.meta["val"]
@@ -295,7 +298,7 @@ def _filled(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """``copy(destination, source)`` holds the source's values alone."""
-    source = node.args[1]
+    source = _argument(node, 1, "src", None)
     if not _static(source) or not _static(node):
         return None
     if _same_type(node, source):
@@ -322,12 +325,10 @@ def _same_layout(graph: fx.Graph, node: fx.Node, replacement: fx.Node) -> fx.Nod
     return replacement
 
 
-def _emit(
-    graph: fx.Graph, like: fx.Node, target: Any, args: tuple, kwargs: dict | None = None
-) -> fx.Node:
+def _emit(graph: fx.Graph, like: fx.Node, target: Any, args: tuple, kwargs: dict | None = None) -> fx.Node:
     """A new call with its example value; its place in the module tree is that of ``like``."""
     new = graph.call_function(target, args, kwargs or {})
-    values = fx.node.map_arg((args, kwargs or {}), lambda arg: arg.meta["val"])
+    values: Any = fx.map_arg((args, kwargs or {}), lambda arg: arg.meta["val"])
     new.meta = {key: value for key, value in like.meta.items() if key != "val"}
     new.meta["val"] = target(*values[0], **values[1])
     return new

@@ -64,9 +64,7 @@ def counters() -> set[str]:
                 continue
             base = source_name(variable.source)
             found |= {
-                name
-                for name in (f"{base}.{attribute}", f"{base}.__dict__['{attribute}']")
-                if name in guarded
+                name for name in (f"{base}.{attribute}", f"{base}.__dict__['{attribute}']") if name in guarded
             }
     return found
 

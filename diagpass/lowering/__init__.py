@@ -1,0 +1,1 @@
+"""Kinds -> batched kinds, weight stacks and the emitted wavefront graph."""

@@ -40,9 +40,7 @@ class _GroupInterpreter(fx.Interpreter):
         return apply(target, self.width, args, kwargs)
 
 
-def batch_kind(
-    kind: Kind, width: int, shared: Sequence[bool]
-) -> tuple[fx.GraphModule, tuple[bool, ...]]:
+def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.GraphModule, tuple[bool, ...]]:
     """Trace the batched form of a kind.
 
     Parameters
@@ -68,7 +66,9 @@ def batch_kind(
     if kind.unbatchable is not None:
         raise BatchingError(f"{kind.unbatchable} cannot be batched")
     stacked_results: list[bool] = []
-    values = [node.meta["val"] for node in kind.body.graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    values = [
+        node.meta["val"] for node in kind.body.graph.nodes if node.op == "placeholder" and "val" in node.meta
+    ]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
 
     def run(*operands: Any) -> tuple:
@@ -81,9 +81,7 @@ def batch_kind(
         with torch.no_grad():
             results = _GroupInterpreter(kind.body, width).run(*wrapped)
         stacked_results[:] = [isinstance(result, Stacked) for result in results]
-        return tree_map(
-            lambda item: item.tensor.contiguous() if isinstance(item, Stacked) else item, results
-        )
+        return tree_map(lambda item: item.tensor.contiguous() if isinstance(item, Stacked) else item, results)
 
     examples = []
     with mode:

@@ -45,9 +45,12 @@ def restride(value: Any, stride: Sequence[int], fresh: bool) -> Any:
     )
     if same and not fresh:
         return value
-    return torch.empty_strided(
-        value.shape, tuple(stride), dtype=value.dtype, device=value.device
-    ).copy_(value)
+    repeated = [dim for dim, step in enumerate(stride) if step == 0 and value.shape[dim] > 1]
+    once = value
+    for dim in repeated:  # an expanded dimension: one copy of it is all there is
+        once = once.narrow(dim, 0, 1)
+    made = torch.empty_strided(once.shape, tuple(stride), dtype=value.dtype, device=value.device)
+    return made.copy_(once).expand(value.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +150,7 @@ class _Emitter:
         )
         literal = self.literal_batched and any(slot.literal for slot in kind.slots)
         if literal:
-            shared = tuple(
-                same and not slot.literal for same, slot in zip(shared, kind.slots, strict=True)
-            )
+            shared = tuple(same and not slot.literal for same, slot in zip(shared, kind.slots, strict=True))
         if len(members) > 1 or literal:
             stacked = self._form(kind, len(members), shared)
             if stacked is not None:
@@ -225,9 +226,7 @@ class _Emitter:
         call = self.graph.create_node(
             "call_module", name, tuple(operands), {}, name=f"wave{self.wave}_{name}"
         )
-        return [
-            self.graph.call_function(operator.getitem, (call, at)) for at in range(results)
-        ]
+        return [self.graph.call_function(operator.getitem, (call, at)) for at in range(results)]
 
     def _gather(self, kind: Kind, slot: int, cells: Sequence[int], sources: list[fx.Node]) -> fx.Node:
         """One operand for a group: rows of a weight stack, or of results, or values stacked here."""
@@ -296,11 +295,9 @@ class _Emitter:
             if not is_operation(node):
                 return value
             stride = [int(step) for step in example.stride()]
-            return self.graph.call_function(
-                restride, (value, stride, bool(value.meta.get("row")))
-            )
+            return self.graph.call_function(restride, (value, stride, bool(value.meta.get("row"))))
 
-        self.graph.output(fx.node.map_arg(result, leave))
+        self.graph.output(fx.map_arg(result, leave))
 
 
 def emit(

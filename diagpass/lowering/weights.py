@@ -46,9 +46,7 @@ def plan_weights(cells: CellGraph, weights: Collection[fx.Node]) -> WeightPlan:
     """Decide the stacks: one for each slot through which layers read weights of their own."""
     wanted: dict[tuple[int, int], tuple[fx.Node, ...]] = {}
     for kind in cells.kinds:
-        order = sorted(
-            range(len(kind.cells)), key=lambda at: cells.cells[kind.cells[at]].layer
-        )
+        order = sorted(range(len(kind.cells)), key=lambda at: cells.cells[kind.cells[at]].layer)
         for at, slot in enumerate(kind.slots):
             if slot.literal or not all(source in weights for source in slot.sources):
                 continue
@@ -96,9 +94,7 @@ def _runs(kind: Kind, members: tuple[int, ...], weights: WeightPlan) -> list[tup
         return [members]
     rows = {
         cell: tuple(row)
-        for cell, *row in zip(
-            members, *(weights.rows(kind, at, members) or () for at in places), strict=True
-        )
+        for cell, *row in zip(members, *(weights.rows(kind, at, members) or () for at in places), strict=True)
     }
     same_layer: dict[tuple, list[int]] = {}
     for cell in members:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from diagpass.errors import DiagpassWarning
 
@@ -34,8 +35,7 @@ class InductorKind(torch.nn.Module):
         if self._compiled is None:
             self._compile(operands)
         laid_out = [
-            _laid_out(operand, stride)
-            for operand, stride in zip(operands, self._strides, strict=True)
+            _laid_out(operand, stride) for operand, stride in zip(operands, self._strides, strict=True)
         ]
         return self._compiled(*laid_out)
 
@@ -48,7 +48,8 @@ class InductorKind(torch.nn.Module):
         ]
         if all(stride is not None for stride in self._strides):
             try:
-                with torch.no_grad():
+                # The first call of an AOT program runs under a dispatch mode that watches custom operators.
+                with _disable_current_modes(), torch.no_grad():
                     self._compiled = compile_graph(self.graph_module, list(operands))
                 log.debug("compiled %s in %.1f s", self.name, time.perf_counter() - begin)
                 return

@@ -42,9 +42,7 @@ class WeightStacks:
         Whether parameters become views of the stacks that own them.
     """
 
-    def __init__(
-        self, rows: Sequence[Sequence[int]], owns: Sequence[bool], share: bool
-    ) -> None:
+    def __init__(self, rows: Sequence[Sequence[int]], owns: Sequence[bool], share: bool) -> None:
         self.rows = [tuple(positions) for positions in rows]
         self.owns = tuple(owns)
         self.share = share
@@ -81,8 +79,7 @@ def _current(held: _Held, weights: Sequence[torch.Tensor]) -> bool:
     """Whether the stack still holds the weights' values."""
     if held.shared:
         return all(
-            weight.data_ptr() == pointer
-            for weight, pointer in zip(weights, held.pointers, strict=True)
+            weight.data_ptr() == pointer for weight, pointer in zip(weights, held.pointers, strict=True)
         )
     return all(
         row.dtype == weight.dtype and row.device == weight.device and torch.equal(row, weight)
@@ -117,7 +114,5 @@ def _existing(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     stack = _shared_stacks.get(_key(weights))
     if stack is None:
         return None
-    same = all(
-        row.data_ptr() == weight.data_ptr() for row, weight in zip(stack, weights, strict=True)
-    )
+    same = all(row.data_ptr() == weight.data_ptr() for row, weight in zip(stack, weights, strict=True))
     return stack if same else None
