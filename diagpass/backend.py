@@ -140,14 +140,11 @@ class Session:
             return None
         return dataclasses.replace(self.last, captures=self.captures, plans=self.plans)
 
-    def _run(self, made: Any) -> Callable[..., Any]:
+    def _run(self, made: _PerShape | tuple[Callable[..., Any], Report]) -> Callable[..., Any]:
         """A program that says, when it runs, that it is the last one."""
-        choose = made if callable(made) else None
-        if choose is None:
-            self.last = self.last or made[1]
 
         def run(*args: Any) -> Any:
-            program, report = choose(args) if choose is not None else made
+            program, report = made(args) if isinstance(made, _PerShape) else made
             if self.hold:
                 self.last = report
                 raise OnlyCaptured

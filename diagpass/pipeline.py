@@ -24,7 +24,7 @@ from diagpass.analysis.schedule import find_chain, schedule
 from diagpass.capture import functional
 from diagpass.capture.aliases import forward_aliases
 from diagpass.capture.marks import module_of, source_line
-from diagpass.errors import ChainError, SequentialError
+from diagpass.errors import ChainError, DiagpassError, SequentialError
 from diagpass.ir import CellGraph, Edge, Schedule
 from diagpass.lowering.emit import Emitted, emit
 from diagpass.lowering.weights import plan_weights, split_groups
@@ -43,7 +43,7 @@ class Refusal:
     """Why a model runs sequentially: the sentence, and the error class that strict mode raises."""
 
     reason: str
-    error: type[SequentialError] = SequentialError
+    error: type[DiagpassError] = SequentialError
     legal: bool = False  # a wavefront would be right, only not wider
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from diagpass.errors import VerificationError
 from diagpass.state import Snapshot, named_state
@@ -54,9 +54,7 @@ class Reference:
             with torch.no_grad():
                 outputs = model(*args, **kwargs)
             state = {name: value.detach().clone() for name, value in named_state(model).items()}
-            outputs = torch.utils._pytree.tree_map_only(
-                torch.Tensor, lambda value: value.detach().clone(), outputs
-            )
+            outputs = tree_map_only(torch.Tensor, lambda value: value.detach().clone(), outputs)
         finally:
             before.restore()
         return cls(outputs, state)

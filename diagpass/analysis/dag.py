@@ -16,6 +16,7 @@ import operator
 import networkx as nx
 import torch
 import torch.fx as fx
+from torch.utils._pytree import tree_flatten
 
 from diagpass.analysis.cells import Proposal, contract, is_operation
 from diagpass.analysis.complete import complete
@@ -275,8 +276,8 @@ def _match(
 
 
 def _same_arguments(node: fx.Node, other: fx.Node, image: dict[fx.Node, fx.Node]) -> bool:
-    left, left_spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
-    right, right_spec = torch.utils._pytree.tree_flatten((other.args, other.kwargs))
+    left, left_spec = tree_flatten((node.args, node.kwargs))
+    right, right_spec = tree_flatten((other.args, other.kwargs))
     if left_spec != right_spec:
         return False
     for a, b in zip(left, right, strict=True):

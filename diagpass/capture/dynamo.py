@@ -13,8 +13,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch._dynamo import config as dynamo_config
+from torch._dynamo import config as _config
 from torch._dynamo.symbolic_convert import InstructionTranslator
+
+dynamo_config: Any = _config
 
 MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of 8
 
@@ -39,8 +41,8 @@ def settings(symbols: Collection[str] = ()) -> contextlib.AbstractContextManager
 
 def source_name(source: Any) -> str:
     """Dynamo's name of a source, such as ``L['self'].count``; a property since torch 2.12."""
-    name = source.name
-    return name() if callable(name) else name
+    name: Any = source.name
+    return str(name() if callable(name) else name)
 
 
 def counters() -> set[str]:

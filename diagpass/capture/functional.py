@@ -69,7 +69,7 @@ def is_random(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     names = [argument.name for argument in node.target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if "dropout_p" in names:
         return given.get("dropout_p", 0.0) != 0.0
     return given.get("p") != 0.0 and given.get("train") is not False

@@ -88,8 +88,8 @@ class _Emitter:
         source = self.cells.graph
         for node in source.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = self.graph.placeholder(node.name)
-                self.values[node].meta = dict(node.meta)
+                placeholder = self.values[node] = self.graph.placeholder(node.name)
+                placeholder.meta = dict(node.meta)
         self.stacks = [self.graph.placeholder(f"stack_{at}") for at in range(len(self.weights.stacks))]
         for self.wave, wave in enumerate(schedule.waves):
             for group in wave.groups:
@@ -266,7 +266,7 @@ class _Emitter:
             start = at
         if len(parts) == 1:
             if parts[0].target is aten.unsqueeze.default:  # one cell: the operand must be contiguous
-                kwargs = {"memory_format": torch.contiguous_format}
+                kwargs: dict[str, Any] = {"memory_format": torch.contiguous_format}
                 return self.graph.call_function(aten.clone.default, (parts[0],), kwargs)
             return parts[0]
         return self.graph.call_function(aten.cat.default, (parts, 0))

@@ -104,7 +104,7 @@ def _vmapped(target: Any, args: tuple, kwargs: dict) -> Any:
 
 @contextlib.contextmanager
 def _no_vmap_fallback() -> Iterator[None]:
-    functorch = torch._C._functorch
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
     try:

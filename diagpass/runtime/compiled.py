@@ -37,7 +37,8 @@ class InductorKind(torch.nn.Module):
         laid_out = [
             _laid_out(operand, stride) for operand, stride in zip(operands, self._strides, strict=True)
         ]
-        return self._compiled(*laid_out)
+        run: Any = self._compiled
+        return run(*laid_out)
 
     def _compile(self, operands: tuple) -> None:
         from torch._inductor import compile as compile_graph
