@@ -36,15 +36,38 @@ class Snapshot:
         for root in roots:
             self._take(root)
 
-    def restore(self) -> None:
-        """Put everything back, in place."""
+    def restore(self, keep_setup: bool = False) -> None:
+        """Put everything back, in place.
+
+        Parameters
+        ----------
+        keep_setup
+            Keep what a library sets up at a first call: hooks that were registered since, and the flags
+            by which modules remember that (new attributes that are True).
+        """
+        hooks = {id(item) for item, _ in self._containers if isinstance(item, torch.nn.Module)}
+        hooks = {
+            id(value)
+            for item, _ in self._containers
+            if id(item) in hooks
+            for name, value in vars(item).items()
+            if name.endswith("_hooks") and isinstance(value, dict)
+        }
+        grown = keep_setup and any(
+            id(item) in hooks and len(item) > len(content) for item, content in self._containers
+        )
         for container, content in self._containers:
+            if grown and id(container) in hooks:
+                continue
+            if grown and isinstance(container, torch.nn.Module):
+                new = {name: value for name, value in vars(container).items() if name not in content}
+                content = {**content, **{name: True for name, value in new.items() if value is True}}
             _refill(container, content)
         with torch.no_grad():
             for tensor, value, version in self._tensors:
                 if tensor.shape != value.shape:
                     tensor.resize_(value.shape)
-                if tensor._version != version:
+                if tensor._version != version or not torch.equal(tensor, value):
                     tensor.copy_(value)
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from diagpass.backend import FoundCounters, OnlyAnalysed, OnlyCaptured, Session
 from diagpass.capture import dynamo
-from diagpass.errors import CaptureError, DiagpassError, OptionError
+from diagpass.errors import CaptureError, DiagpassError, OptionError, VerificationError
 from diagpass.ir import Schedule
 from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal
@@ -123,7 +123,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
                 _call(entry, session, args, kwargs)
             except _CaptureFailed:  # the library may set itself up at a first call
                 model(*args, **kwargs)
-                before.restore()
+                before.restore(keep_setup=True)
                 _call(entry, session, args, kwargs)
         except OnlyAnalysed as found:
             return make_report(found.analysis)
@@ -260,7 +260,7 @@ class Transformed(nn.Module):
                     _call(self._entry, self._session, args, kwargs)
                 except _CaptureFailed:
                     self._original(*args, **kwargs)
-                    before.restore()
+                    before.restore(keep_setup=True)
                     _call(self._entry, self._session, args, kwargs)
             except OnlyCaptured:
                 pass
@@ -290,21 +290,25 @@ class Transformed(nn.Module):
     def _after_warm_up(self, key: tuple, args: tuple, kwargs: dict) -> Any:
         """Run once as it stands, which sets some libraries up, and try to capture again.
 
-        If that fails too, the sequential run was the call.
+        If that fails too, the sequential run was the call. What was captured is compared with it,
+        because what the library set up is kept while the model's state is put back.
         """
         before = Snapshot(self._original, args, kwargs)
         result = self._original(*args, **kwargs)
         after = Snapshot(self._original, args, kwargs)
-        before.restore()
+        reference = Reference.of(self._original, result)
+        before.restore(keep_setup=True)
         try:
-            return _call(self._entry, self._session, args, kwargs)
-        except _CaptureFailed as failed:
+            captured = _call(self._entry, self._session, args, kwargs)
+            reference.compare(self._original, captured)
+            return captured
+        except (_CaptureFailed, VerificationError) as failed:
             self._refuse(failed)
             self._failed.add(key)
             after.restore()
             return result
 
-    def _refuse(self, failed: _CaptureFailed) -> None:
+    def _refuse(self, failed: Exception) -> None:
         refusal = Refusal(f"the model could not be captured as one graph: {failed}", CaptureError)
         self._session.last = make_report(Analysis(None, Schedule(()), None, refusal), "sequential")
         self._session.refuse(refusal)

@@ -52,11 +52,15 @@ class Reference:
         before = Snapshot(model, args, kwargs)
         try:
             with torch.no_grad():
-                outputs = model(*args, **kwargs)
-            state = {name: value.detach().clone() for name, value in named_state(model).items()}
-            outputs = tree_map_only(torch.Tensor, lambda value: value.detach().clone(), outputs)
+                return cls.of(model, model(*args, **kwargs))
         finally:
             before.restore()
+
+    @classmethod
+    def of(cls, model: nn.Module, outputs: Any) -> Reference:
+        """The outputs of a sequential run that just happened, and the state it left."""
+        state = {name: value.detach().clone() for name, value in named_state(model).items()}
+        outputs = tree_map_only(torch.Tensor, lambda value: value.detach().clone(), outputs)
         return cls(outputs, state)
 
     def compare(self, model: nn.Module, outputs: Any) -> dict[str, float]:

@@ -40,7 +40,7 @@ def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGr
         None if no module is repeated (or no path matches).
     """
     best: tuple[int, CellGraph] | None = None
-    for proposal in propose(gm.graph, globs):
+    for proposal in filter(None, propose(gm.graph, globs)):
         cost, found = _better(gm, proposal)
         first = found.cells[0].path
         log.debug("cells %s...: %d cells, %d operations", first, len(found.cells), cost)

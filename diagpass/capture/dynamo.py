@@ -25,7 +25,7 @@ def settings(symbols: Collection[str] = ()) -> contextlib.AbstractContextManager
     """The configuration for capturing and running; ``symbols`` are sources to keep symbolic."""
     stack = contextlib.ExitStack()
     stack.enter_context(
-        dynamo_config.patch(
+        getattr(_config, "patch")(  # noqa: B009
             allow_unspec_int_on_nn_module=True,
             allow_rnn=True,
             skip_nnmodule_hook_guards=False,
