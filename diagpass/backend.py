@@ -109,7 +109,7 @@ class Session:
 
         self.plans += 1
         try:
-            program = functional.functionalize(gm, inputs, lower)
+            program = self._functionalize(gm, inputs, lower)
         except RunSequentially as stop:
             if self.analyse_only:
                 raise OnlyAnalysed(stop.analysis) from None
@@ -119,6 +119,19 @@ class Session:
         for note in found[0].notes:
             self.warn(note)
         return program, make_report(found[0], "wavefront")
+
+    def _functionalize(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], lower: functional.Lower
+    ) -> Callable[..., Any]:
+        """Functionalise, without gradients where autograd itself has none to give."""
+        try:
+            return functional.functionalize(gm, inputs, lower)
+        except RuntimeError as error:
+            if not torch.is_grad_enabled() or "modified by an inplace operation" not in str(error):
+                raise
+        log.info("planned without gradients: state written in place overwrites what backward would need")
+        with torch.no_grad():
+            return torch.no_grad()(functional.functionalize(gm, inputs, lower))
 
     def refuse(self, refusal: Refusal | None) -> None:
         """Warn, or raise in strict mode, that the model runs sequentially."""

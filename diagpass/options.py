@@ -80,7 +80,9 @@ class Options:
 def _globs(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    globs = (value,) if isinstance(value, str) else tuple(value)
+    globs: tuple = (value,) if isinstance(value, str) else ()
+    if isinstance(value, (list, tuple)):
+        globs = tuple(value)
     if not globs or not all(isinstance(glob, str) and glob for glob in globs):
         raise OptionError(
             f"option 'cells' is a glob over module paths such as 'model.layers.*'; got {value!r}"

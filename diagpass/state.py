@@ -28,7 +28,7 @@ class Snapshot:
 
     def __init__(self, *roots: Any) -> None:
         self._containers: list[tuple[Any, Any]] = []
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor, int, bool]] = []
         self._seen: set[int] = set()
         self._cpu = torch.get_rng_state()
         initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -64,7 +64,9 @@ class Snapshot:
                 content = {**content, **{name: True for name, value in new.items() if value is True}}
             _refill(container, content)
         with torch.no_grad():
-            for tensor, value, version in self._tensors:
+            for tensor, value, version, needed_grad in self._tensors:
+                if tensor.requires_grad and not needed_grad:
+                    tensor.detach_()
                 if tensor.shape != value.shape:
                     tensor.resize_(value.shape)
                 if tensor._version != version or not torch.equal(tensor, value):
@@ -82,7 +84,8 @@ class Snapshot:
             self._seen.add(id(item))
             if isinstance(item, torch.Tensor):
                 if not isinstance(item, torch.nn.Parameter) and not item.is_inference():
-                    self._tensors.append((item, item.detach().clone(), item._version))
+                    value = item.detach().clone()
+                    self._tensors.append((item, value, item._version, item.requires_grad))
                 continue
             content = _content(item)
             if content is None:

@@ -147,8 +147,13 @@ def clone_tree(value: Any) -> Any:
         return type(value)(*map(clone_tree, value))
     if isinstance(value, (list, tuple)):
         return type(value)(map(clone_tree, value))
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: clone_tree(item) for key, item in value.items()}
+    if isinstance(value, dict):  # a ModelOutput, an OrderedDict
+        copied = type(value)()
+        for key, item in value.items():
+            copied[key] = clone_tree(item)
+        return copied
     return copy.deepcopy(value)
 
 
@@ -373,7 +378,7 @@ def true_dependencies(
 
     def run(changed: int | None) -> dict[int, list[Tensor]] | None:
         copied = copy.deepcopy(model)
-        modules = dict(copied.named_modules())
+        modules = dict(copied.named_modules(remove_duplicate=False))
         seen: dict[int, list[Tensor]] = {}
         handles = []
         for path, cells in calls.items():

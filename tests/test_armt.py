@@ -243,26 +243,36 @@ def test_torch_compile_without_importing_diagpass(base: str) -> None:
 
 
 COLD = """
-import sys, time, torch
+import resource, sys, time, torch
 import diagpass
 from examples import armt
 torch.set_num_threads(2)
+
+def cpu():
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
 model, inputs = armt.build(base="llama", layers=4, segments=4)
-begin = time.perf_counter()
+begin, used = time.perf_counter(), cpu()
 with torch.no_grad():
     fast = diagpass.transform(model, options={"compiler": sys.argv[1]})
     fast(*inputs)
-print("seconds", time.perf_counter() - begin, fast.report.ran)
+print("seconds", time.perf_counter() - begin, cpu() - used, fast.report.ran)
 """
 
 
 @pytest.mark.parametrize("compiler, seconds", [("eager", 15.0), ("inductor", 60.0)])
 def test_cold_start(compiler: str, seconds: float, tmp_path: Any) -> None:
-    """transform and the first call, with empty caches, 4 layers x 4 segments."""
-    out = run_python(COLD, compiler, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="2")
-    took, ran = out.split("seconds")[1].split()
+    """transform and the first call, with empty caches, 4 layers x 4 segments.
+
+    The limit is one of wall time on an idle machine. Where other tests share the cores, time spent
+    computing is what the wall time would at most have been.
+    """
+    env = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    out = run_python(COLD, compiler, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), **env)
+    wall, computing, ran = out.split("seconds")[1].split()
     assert ran == "wavefront"
-    assert float(took) <= seconds
+    assert min(float(wall), float(computing)) <= seconds, f"{wall} s, computing {computing} s"
 
 
 def test_the_default_options_warn_of_nothing() -> None:

@@ -36,7 +36,7 @@ WRONG = {
     "width": (lambda x: x[..., :-1], r"shape|size"),
     "batch": (lambda x: x[:1].expand(3, -1, -1), r"shape|size|match"),
     "dims": (lambda x: x[0], r"shape|size|dim|split"),
-    "type": (lambda x: "hello", r"str|hello|Tensor|attribute"),
+    "type": (lambda x: "hello", r"str|hello|Tensor|attribute|keyword"),
     "none": (lambda x: None, r"None"),
 }
 

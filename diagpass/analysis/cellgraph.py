@@ -76,7 +76,7 @@ def _build(gm: fx.GraphModule, owner: dict[fx.Node, int], calls: list[Call]) -> 
 def _coordinates(calls: list[Call], dag) -> list[tuple[int, int]]:
     """Layer and segment of each cell, for people to read; schedules do not depend on them.
 
-    Where every module is called once a segment, the segment is the call count. Where one module serves
+    Where every module is called equally often, the segment is the call count. Where one module serves
     as several layers, a segment begins at a call of the first module that does not read the cell
     before it.
     """
@@ -85,14 +85,9 @@ def _coordinates(calls: list[Call], dag) -> list[tuple[int, int]]:
     if len(paths) > 1 and len(set(times.values())) == 1:
         return [(paths.index(call.path), call.count) for call in calls]
     places, segment, layer = [], 0, -1
-    seen: set[str] = set()
     for index, call in enumerate(calls):
-        repeated = len(paths) > 1 and call.path in seen and call.path == paths[0]
-        fresh = index > 0 and call.path == paths[0] and not dag.has_edge(index - 1, index)
-        if repeated or fresh:
+        if index > 0 and call.path == paths[0] and not dag.has_edge(index - 1, index):
             segment, layer = segment + 1, -1
-            seen = set()
-        seen.add(call.path)
         layer += 1
         places.append((layer, segment))
     return places

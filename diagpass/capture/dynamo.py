@@ -13,10 +13,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch._dynamo import config as _config
+import torch._dynamo.config
 from torch._dynamo.symbolic_convert import InstructionTranslator
-
-dynamo_config: Any = _config
 
 MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of 8
 
@@ -24,8 +22,9 @@ MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of
 def settings(symbols: Collection[str] = ()) -> contextlib.AbstractContextManager:
     """The configuration for capturing and running; ``symbols`` are sources to keep symbolic."""
     stack = contextlib.ExitStack()
+    config: Any = torch._dynamo.config
     stack.enter_context(
-        getattr(_config, "patch")(  # noqa: B009
+        config.patch(
             allow_unspec_int_on_nn_module=True,
             allow_rnn=True,
             skip_nnmodule_hook_guards=False,
@@ -35,7 +34,8 @@ def settings(symbols: Collection[str] = ()) -> contextlib.AbstractContextManager
     )
     if symbols:
         pattern = ",".join(f"{re.escape(name)}$" for name in sorted(symbols))
-        stack.enter_context(torch.compiler.config.patch(dynamic_sources=pattern))
+        compiler_config: Any = torch.compiler.config
+        stack.enter_context(compiler_config.patch(dynamic_sources=pattern))
     return stack
 
 

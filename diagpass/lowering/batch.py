@@ -1,6 +1,7 @@
 """A kind -> its batched form for one group width: a plain FX graph of ATen operations.
 
-Invariants of the batched form: its stacked operands are contiguous, and so are its stacked results.
+Invariants of the batched form: its stacked operands are contiguous (weights: within each row), and so
+are its stacked results.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
         ):
             examples.append(_example(slot.literal, slot.sources[0], is_shared, node.meta.get("val"), width))
         traced = make_fx(run)(*examples)
+    for node in traced.graph.nodes:  # weights are rows of a stack, evenly spaced but not packed
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     traced.graph.eliminate_dead_code()
     traced.recompile()
     log.debug("batched kind %d at width %d: %d nodes", kind.index, width, len(traced.graph.nodes))

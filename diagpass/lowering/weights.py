@@ -74,7 +74,7 @@ def _contains(rows: tuple[fx.Node, ...], part: tuple[fx.Node, ...]) -> bool:
 
 
 def split_groups(cells: CellGraph, schedule: Schedule, weights: WeightPlan) -> Schedule:
-    """Split groups so that each reads neighbouring rows of the stacks, or one row alone.
+    """Split groups so that each reads evenly spaced rows of the stacks, or one row alone.
 
     A group of layers 0, 1, 3 would have to copy weights to gather them; 0, 1 and 3 apart need not.
     """
@@ -105,10 +105,18 @@ def _runs(kind: Kind, members: tuple[int, ...], weights: WeightPlan) -> list[tup
         ranked = [same[rank] for same in by_layer if len(same) > rank]
         run = [ranked[0]]
         for cell in ranked[1:]:
-            if all(b == a + 1 for a, b in zip(rows[run[-1]], rows[cell], strict=True)):
+            if _continues([rows[member] for member in run], rows[cell]):
                 run.append(cell)
             else:
                 by_rank.append(tuple(run))
                 run = [cell]
         by_rank.append(tuple(run))
     return by_layer if len(by_layer) < len(by_rank) else by_rank
+
+
+def _continues(run: list[tuple[int, ...]], row: tuple[int, ...]) -> bool:
+    """Whether ``row`` goes on in the run's steps, every stack upwards and none standing still."""
+    steps = [b - a for a, b in zip(run[-1], row, strict=True)]
+    if any(step < 1 for step in steps):
+        return False
+    return len(run) == 1 or steps == [b - a for a, b in zip(run[-2], run[-1], strict=True)]

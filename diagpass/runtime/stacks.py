@@ -17,6 +17,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
+ALIGNMENT = 64  # bytes; what torch's CPU allocator gives
+
 _shared_stacks: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
 
 
@@ -56,7 +58,7 @@ class WeightStacks:
             weights = [args[position] for position in positions]
             held = self._held[at]
             if held is None or not _current(held, weights):
-                with torch.no_grad(), torch.inference_mode(False):
+                with torch.inference_mode(False), torch.no_grad():
                     held = self._held[at] = self._stack(weights, self.share and self.owns[at])
                 self.restacked += 1
             found.append(held.tensor)
@@ -66,13 +68,27 @@ class WeightStacks:
         if share and all(_shareable(weight) for weight in weights):
             stack = _existing(weights)
             if stack is None:
-                stack = torch.stack([weight.detach() for weight in weights])
+                stack = _aligned(weights)
                 for row, weight in zip(stack, weights, strict=True):
                     weight.data = torch.from_dlpack(row)
                 _shared_stacks[_key(weights)] = stack
             return _Held(stack, tuple(w.data_ptr() for w in weights), True)
-        stack = torch.stack([weight.detach() for weight in weights])
-        return _Held(stack, tuple(weight.data_ptr() for weight in weights), False)
+        pointers = tuple(weight.data_ptr() for weight in weights)
+        return _Held(_aligned(weights), pointers, False)
+
+
+def _aligned(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weights in one tensor of shape (rows, *shape), each row where an allocation could begin.
+
+    Kernels choose their path by alignment: rows packed without gaps would round differently.
+    """
+    first = weights[0]
+    step = -(-first.numel() * first.element_size() // ALIGNMENT) * ALIGNMENT // first.element_size()
+    packed = torch.zeros(len(weights), step, dtype=first.dtype, device=first.device)
+    stack = packed[:, : first.numel()].unflatten(1, first.shape) if first.dim() else packed[:, 0]
+    for row, weight in enumerate(weights):
+        stack[row].copy_(weight.detach())
+    return stack
 
 
 def _current(held: _Held, weights: Sequence[torch.Tensor]) -> bool:
