@@ -18,7 +18,7 @@ from diagpass.ir import Cell, Kind, Slot
 
 aten = torch.ops.aten
 
-# Operations whose second argument may be a number or a tensor.
+# Operations whose second argument (and alpha) may be a number or a tensor.
 SCALAR_OPERAND = frozenset((aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor))
 
 
@@ -60,7 +60,9 @@ def _leaf(node: fx.Node, at: int, leaf: Any, local: dict[fx.Node, int]) -> tuple
 
 def is_literal(node: fx.Node, at: int, leaf: Any) -> bool:
     """Whether a number at leaf ``at`` could be a tensor operand just as well."""
-    return node.target in SCALAR_OPERAND and at == 1 and type(leaf) in (int, float)
+    if node.target not in SCALAR_OPERAND or type(leaf) not in (int, float):
+        return False
+    return at == 1 or (at == len(node.args) and "alpha" in node.kwargs)
 
 
 def _hashable(value: Any) -> Any:

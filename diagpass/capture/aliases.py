@@ -92,8 +92,6 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     fragments = _locate(source, dim, start, stop)
     if [fragment.source for fragment in fragments] == [source]:
         return None
-    if len(fragments) > 1 and {f.source for f in fragments} == _leaves(source, dim):
-        return None  # nothing gained: it still reads every piece
     return _build(graph, node, fragments, dim, drop_dim)
 
 
@@ -235,27 +233,29 @@ def _pieces(node: fx.Node, dim: int) -> list[_Fragment] | None:
 
 
 def _locate(node: fx.Node, dim: int, start: int, stop: int) -> list[_Fragment]:
-    """``node[start:stop]`` along ``dim`` as fragments of nodes that cannot be taken apart."""
-    pieces = _pieces(node, dim)
-    if pieces is None:
-        return [_Fragment(node, start, stop)]
-    found: list[_Fragment] = []
-    offset = 0
-    for piece in pieces:
-        length = piece.stop - piece.start
-        low, high = max(start - offset, 0), min(stop - offset, length)
-        offset += length
-        if low >= high:
-            continue
-        if piece.unit:
-            found.append(piece)
-        else:
-            found += _locate(piece.source, dim, piece.start + low, piece.start + high)
-    return found or [_Fragment(node, start, stop)]
+    """``node[start:stop]`` along ``dim`` as fragments of the nodes that it consists of.
 
-
-def _leaves(node: fx.Node, dim: int) -> set[fx.Node]:
-    return {fragment.source for fragment in _locate(node, dim, 0, node.meta["val"].shape[dim])}
+    Follows as long as one piece holds the whole range. Where several do, they are returned if others
+    are left out; if the range touches them all there is nothing to gain, and a FIFO memory would look
+    different in every segment.
+    """
+    while True:
+        pieces = _pieces(node, dim)
+        if pieces is None:
+            return [_Fragment(node, start, stop)]
+        touched: list[_Fragment] = []
+        offset = 0
+        for piece in pieces:
+            length = piece.stop - piece.start
+            low, high = max(start - offset, 0), min(stop - offset, length)
+            offset += length
+            if low < high:
+                touched.append(dataclasses.replace(piece, start=piece.start + low, stop=piece.start + high))
+        if len(touched) != 1 or touched[0].unit:
+            sources = {piece.source for piece in pieces}
+            gains = touched and (len(touched) == 1 or {piece.source for piece in touched} < sources)
+            return touched if gains else [_Fragment(node, start, stop)]
+        node, start, stop = touched[0].source, touched[0].start, touched[0].stop
 
 
 def _build(graph: fx.Graph, node: fx.Node, fragments: list[_Fragment], dim: int, drop_dim: bool) -> fx.Node:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import deque
 from collections.abc import Collection
 from typing import Any
 
@@ -78,10 +79,12 @@ def bounded_deque() -> str | None:
     captures computes something else. Only meaningful inside a backend call.
     """
     try:
-        variables = InstructionTranslator.current_tx().output.side_effects.id_to_variable.values()
+        effects = InstructionTranslator.current_tx().output.side_effects
     except (AttributeError, LookupError):
         return None
-    for variable in variables:
+    if any(isinstance(item, deque) and item.maxlen is not None for item in effects.keepalive):
+        return "a part of the model's state"
+    for variable in effects.id_to_variable.values():
         bound = getattr(variable, "maxlen", None)
         if bound is not None and bound.is_python_constant() and bound.as_python_constant() is not None:
             return source_name(variable.source) if variable.source is not None else "a local deque"

@@ -170,6 +170,13 @@ def _baddbmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
 def _with_number(target: Any, width: int, args: tuple, kwargs: dict) -> Any:
     """Elementwise with a second operand that may be a stacked *number*, of shape (G,)."""
     left, right = args
+    if _is_number(kwargs.get("alpha")):
+        kwargs = dict(kwargs)
+        scale = kwargs.pop("alpha")
+        if not isinstance(right, (torch.Tensor, Stacked)):
+            right = torch.full((), right, dtype=_stack(left, width).dtype, device=_stack(left, width).device)
+        right = apply(aten.mul.Tensor, width, (right, scale), {})
+        return apply(target, width, (left, right), kwargs)
     if not (isinstance(right, Stacked) and right.tensor.dim() == 1 and _is_number(right)):
         return _vmapped(target, args, kwargs)
     value = _stack(left, width)
