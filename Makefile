@@ -28,7 +28,8 @@ demo: $(STAMP)  ## run the main job on an ARMT over a Llama: picture, waves, agr
 	$(BIN)/python -m examples.demo
 
 test: lint  ## lint, type check, run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .

@@ -261,6 +261,7 @@ print("seconds", time.perf_counter() - begin, cpu() - used, fast.report.ran)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("compiler, seconds", [("eager", 15.0), ("inductor", 60.0)])
 def test_cold_start(compiler: str, seconds: float, tmp_path: Any) -> None:
     """transform and the first call, with empty caches, 4 layers x 4 segments.
