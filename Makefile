@@ -22,13 +22,15 @@ STAMP := $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint format fuzz install clean help
+.PHONY: demo test timing lint format fuzz install clean help
 
 demo: $(STAMP)  ## run the main job on an ARMT over a Llama: picture, waves, agreement, timings
 	$(BIN)/python -m examples.demo
 
 test: lint  ## lint, type check, run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" $(PYTEST_ARGS)
+
+timing: $(STAMP)  ## the tests that hold a time limit, with nothing beside them
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff check, ruff format --check, pyright

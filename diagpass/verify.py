@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from diagpass.errors import VerificationError
 from diagpass.state import Snapshot, named_state
@@ -43,7 +43,8 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 class Reference:
     """The sequential run of one call: its outputs and the state it left."""
 
-    outputs: Any
+    outputs: list[tuple[str, Any]]
+    spec: Any
     state: dict[str, torch.Tensor]
 
     @classmethod
@@ -60,8 +61,12 @@ class Reference:
     def of(cls, model: nn.Module, outputs: Any) -> Reference:
         """The outputs of a sequential run that just happened, and the state it left."""
         state = {name: value.detach().clone() for name, value in named_state(model).items()}
-        outputs = tree_map_only(torch.Tensor, lambda value: value.detach().clone(), outputs)
-        return cls(outputs, state)
+        leaves, spec = tree_flatten_with_path(outputs)
+        kept = [
+            (keystr(path), leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
+            for path, leaf in leaves
+        ]
+        return cls(kept, spec, state)
 
     def compare(self, model: nn.Module, outputs: Any) -> dict[str, float]:
         """Relative errors by name.
@@ -87,12 +92,11 @@ class Reference:
 
     def _pairs(self, model: nn.Module, outputs: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         got, got_spec = tree_flatten_with_path(outputs)
-        want, want_spec = tree_flatten_with_path(self.outputs)
-        if got_spec != want_spec:
-            raise VerificationError(f"the outputs have another structure: {got_spec}, not {want_spec}")
-        for (path, value), (_, reference) in zip(got, want, strict=True):
+        if got_spec != self.spec:
+            raise VerificationError(f"the outputs have another structure: {got_spec}, not {self.spec}")
+        for (_, value), (name, reference) in zip(got, self.outputs, strict=True):
             if isinstance(reference, torch.Tensor):
-                yield f"output{keystr(path)}", value, reference
+                yield f"output{name}", value, reference
         state = named_state(model)
         if state.keys() != self.state.keys():
             changed = sorted(state.keys() ^ self.state.keys())

@@ -237,3 +237,46 @@ def test_python_state_that_changes_what_is_computed(layer: type[nn.Module]) -> N
         torch.testing.assert_close(run_sequential(fast, (x,)), value, rtol=1e-12, atol=0)
     assert CALLS["count"] == count
     assert_state_same(fast.original, plain, 1e-12)
+
+
+class ShiftLayer(BufferLayer):
+    """Moves its state into a second buffer before it overwrites it: a shift of one segment."""
+
+    def __init__(self) -> None:
+        super().__init__("copy_")
+        self.register_buffer("before", torch.zeros_like(self.buf))
+
+    def forward(self, h: Tensor) -> Tensor:
+        h, new = self.body(h, self.buf + 0.5 * self.before)
+        self.before.copy_(self.buf)
+        self.buf.copy_(new)
+        return h
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_a_buffer_that_keeps_another_ones_old_value(segments: int) -> None:
+    """With one segment the new value of one buffer *is* the other buffer as it came in.
+
+    Copied back in the wrong order, it would be read after it was overwritten.
+    """
+    model = Loop([ShiftLayer() for _ in range(L)]).double().eval()
+    assert_same(model, (tokens(segments),), calls=3)
+
+
+class SwapLayer(ShiftLayer):
+    """Swaps its two buffers: neither order of copying back would do."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        h, _ = self.body(h, self.buf + 0.5 * self.before)
+        old = self.before.clone()
+        self.before.copy_(self.buf)
+        self.buf.copy_(old)
+        return h
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_buffers_that_swap(segments: int) -> None:
+    model = Loop([SwapLayer() for _ in range(L)]).double().eval()
+    for i, layer in enumerate(model.layers):
+        layer.before.fill_(0.1 * (i + 1))
+    assert_same(model, (tokens(segments),), calls=3)

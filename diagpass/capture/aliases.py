@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils._pytree import tree_flatten
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -42,6 +43,12 @@ _FILLS: dict[Any, float | None] = {
 }
 
 
+# ``gm.meta`` entry: positions of outputs that share memory with an input or another output only since
+# reads were forwarded. They must be copied where they leave the graph: state is written back one tensor
+# after the other.
+NEWLY_SHARED = "diagpass_newly_shared"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Fragment:
     """``source[start:stop]`` along the dimension in question; a unit lacks that dimension."""
@@ -61,6 +68,7 @@ def forward_aliases(gm: fx.GraphModule) -> int:
         The number of reads that now bypass an aggregate.
     """
     changed = 0
+    before = output_bases(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or not node.users:
             continue
@@ -73,8 +81,33 @@ def forward_aliases(gm: fx.GraphModule) -> int:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
+    after = output_bases(gm.graph)
+    gm.meta[NEWLY_SHARED] = frozenset(
+        at
+        for at, base in enumerate(after)
+        if base is not None and base is not before[at] and (base.op == "placeholder" or after.count(base) > 1)
+    )
     log.debug("forwarded %d reads through aggregates", changed)
     return changed
+
+
+def output_bases(graph: fx.Graph) -> list[fx.Node | None]:
+    """Per flat output, the node whose memory it may be a view of (itself, if it is no view)."""
+    (result,) = graph.find_nodes(op="output")[0].args
+    return [_base(leaf) if isinstance(leaf, fx.Node) else None for leaf in tree_flatten(result)[0]]
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        target: Any = node.target
+        view = target is operator.getitem or target is aten.reshape.default
+        if isinstance(target, torch._ops.OpOverload):
+            arguments = target._schema.arguments
+            view = view or any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
+        if not view:
+            break
+        node = node.args[0]
+    return node
 
 
 def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

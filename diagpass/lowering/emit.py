@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diagpass.analysis.cells import is_operation
+from diagpass.capture.aliases import NEWLY_SHARED
 from diagpass.errors import BatchingError
 from diagpass.ir import CellGraph, Group, Kind, Schedule
 from diagpass.lowering.batch import batch_kind
@@ -292,20 +293,26 @@ class _Emitter:
 
     def _output(self, source: fx.Graph) -> None:
         (result,) = source.find_nodes(op="output")[0].args
-        for leaf in tree_flatten(result)[0]:
+        leaves, spec = tree_flatten(result)
+        for leaf in leaves:
             if isinstance(leaf, fx.Node):
                 self._value(leaf)
+        shared = self.cells.graph.meta.get(NEWLY_SHARED, frozenset())
 
-        def leave(node: fx.Node) -> fx.Node:
+        def leave(at: int, node: Any) -> Any:
+            if not isinstance(node, fx.Node):
+                return node
             value, example = self._value(node), node.meta.get("val")
-            if node.op == "placeholder" or not isinstance(example, torch.Tensor):
-                return value
-            if not is_operation(node):
+            if not isinstance(example, torch.Tensor):
                 return value
             stride = [int(step) for step in example.stride()]
+            if at in shared:
+                return self.graph.call_function(restride, (value, stride, True))
+            if not is_operation(node):
+                return value
             return self.graph.call_function(restride, (value, stride, bool(value.meta.get("row"))))
 
-        self.graph.output(fx.map_arg(result, leave))
+        self.graph.output(tree_unflatten([leave(at, leaf) for at, leaf in enumerate(leaves)], spec))
 
 
 def emit(
