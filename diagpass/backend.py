@@ -8,6 +8,7 @@ its analysis and the program that runs it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -67,6 +68,7 @@ class Session:
     hold: bool = False
     analyse_only: bool = False
     restart_for_counters: bool = False
+    modes: list[Any] = dataclasses.field(default_factory=list)
     warned: set[str] = dataclasses.field(default_factory=set)
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -161,7 +163,10 @@ class Session:
             if self.hold:
                 self.last = report
                 raise OnlyCaptured
-            result = program(*args)
+            with contextlib.ExitStack() as stack:
+                for dispatch_mode in self.modes:
+                    stack.enter_context(dispatch_mode)
+                result = program(*args)
             self.last = report
             return result
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from diagpass.backend import FoundCounters, OnlyAnalysed, OnlyCaptured, Session
@@ -162,7 +163,9 @@ def _call(entry: Callable[..., Any], session: Session, args: tuple, kwargs: dict
     """
     while True:
         try:
-            with dynamo.settings(session.symbols):
+            # Dynamo skips frames under a dispatch mode: the modes wait and are back when the program runs.
+            with dynamo.settings(session.symbols), _disable_current_modes() as modes:
+                session.modes = list(modes)
                 return entry(*args, **kwargs)
         except BackendCompilerFailed as error:
             inner = error.inner_exception
