@@ -29,6 +29,7 @@ demo: $(STAMP)  ## run the main job on an ARMT over a Llama: picture, waves, agr
 
 test: lint  ## lint, type check, run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
 
 timing: $(STAMP)  ## the tests that hold a time limit, with nothing beside them
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS)
