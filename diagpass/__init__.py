@@ -37,6 +37,7 @@ from diagpass.errors import (
     SequentialError,
     VerificationError,
 )
+from diagpass.loop import SegmentLoop, SegmentStream
 from diagpass.report import Report
 from diagpass.transform import explain, transform
 
@@ -50,6 +51,8 @@ __all__ = [
     "DiagpassWarning",
     "OptionError",
     "Report",
+    "SegmentLoop",
+    "SegmentStream",
     "SequentialError",
     "VerificationError",
     "explain",
