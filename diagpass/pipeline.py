@@ -87,31 +87,55 @@ def stage(name: str):
 
 def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
     """Functional graph -> cells, dependencies and waves, and whether they leave any width."""
+    prepare(gm)
+    cells, refusal = cut_into_cells(gm, options)
+    if cells is None:
+        return Analysis(None, Schedule(()), None, refusal)
+    waves = schedule(cells, options.max_width)
+    free = waves if options.max_width is None else schedule(cells)
+    chain = find_chain(cells)
+    if refusal is None and free.mean_width < LEAST_MEAN_WIDTH:
+        refusal = _narrow(cells, free, chain)
+    return Analysis(cells, waves, chain, refusal, cells.notes)
+
+
+def prepare(gm: fx.GraphModule) -> None:
+    """Bring a functional graph into the form that cells are found in, in place."""
     _drop_assertions(gm)
-    random = [node for node in gm.graph.nodes if functional.is_random(node)]
     with stage("forward aliases"):
         forward_aliases(gm)
     _views_to_reshapes(gm)
+
+
+def cut_into_cells(
+    gm: fx.GraphModule, options: Options, one_segment: bool = False
+) -> tuple[CellGraph | None, Refusal | None]:
+    """Find the cells, and whatever forbids to reorder them; width is another question.
+
+    Parameters
+    ----------
+    gm
+        A functional graph that went through :func:`prepare`.
+    options
+        The user's choices; ``cells`` matters here.
+    one_segment
+        Whether the graph is one segment of many, so that its width lies across segments.
+    """
+    random = [node for node in gm.graph.nodes if functional.is_random(node)]
     with stage("find cells"):
-        cells = find_cells(gm, options.cells)
+        cells = find_cells(gm, options.cells, one_segment)
     if cells is None:
         reason = "no repeated module was found, so there are no cells to batch"
         if options.cells is not None:
             reason = f"no module path matches cells={list(options.cells)}"
-        return Analysis(None, Schedule(()), None, Refusal(reason))
-    waves = schedule(cells, options.max_width)
-    free = waves if options.max_width is None else schedule(cells)
-    chain = find_chain(cells)
-    refusal = _absolute_strides(cells)
+        return None, Refusal(reason)
     if random:
         names = sorted({f"{node.target} in {module_of(node)}" for node in random})
-        refusal = Refusal(
+        return cells, Refusal(
             f"random numbers are drawn in program order by {', '.join(names)}, and reordering the cells "
             "would change them (call model.eval(), or set dropout to 0)"
         )
-    elif refusal is None and free.mean_width < LEAST_MEAN_WIDTH:
-        refusal = _narrow(cells, free, chain)
-    return Analysis(cells, waves, chain, refusal, cells.notes)
+    return cells, _absolute_strides(cells)
 
 
 def _narrow(cells: CellGraph, waves: Schedule, chain: Edge | None) -> Refusal:
@@ -160,10 +184,10 @@ def lower(
     """
     if analysis.cells is None:
         raise RunSequentially(analysis)
+    found = analysis.cells
     placeholders = gm.graph.find_nodes(op="placeholder")
-    position = {node: at for at, node in enumerate(placeholders)}
-    fixed = {node for node, is_weight in zip(placeholders, weights, strict=True) if is_weight}
-    plan = plan_weights(analysis.cells, fixed)
+    numbers = {node: at for at, node in enumerate(placeholders) if weights[at]}
+    plan = plan_weights(found.kinds, lambda at: found.cells[at].layer, numbers)
     waves = split_groups(analysis.cells, analysis.schedule, plan)
     compiled = options.compiler == "inductor"
     with stage("batch kinds and emit"):
@@ -175,7 +199,7 @@ def lower(
             numbers_as_tensors=compiled,
         )
     stacks = WeightStacks(
-        [[position[row] for row in stack.rows] for stack in plan.stacks],
+        [stack.rows for stack in plan.stacks],
         [stack.owns for stack in plan.stacks],
         share=options.weights == "share",
     )

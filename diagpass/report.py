@@ -36,6 +36,8 @@ class Report:
         ``"wavefront"``, ``"sequential"``, or None where nothing has run (``explain``).
     batched_cells
         Cells that run in groups of two or more.
+    planning_seconds
+        What the last call spent on putting cells into waves; 0.0 where the schedule is part of the capture.
     captures, plans
         How often user Python was traced, and how many plans there are.
     code
@@ -59,6 +61,7 @@ class Report:
     batched_cells: int = 0
     captures: int = 0
     plans: int = 0
+    planning_seconds: float = 0.0
     code: str | None = dataclasses.field(default=None, repr=False)
     grid: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
     edges: list[list[int]] = dataclasses.field(default_factory=list, repr=False)

@@ -24,15 +24,23 @@ class Snapshot:
 
     Containers (module attributes, dicts, lists, sets, deques, plain objects) are remembered shallowly,
     tensors that are not parameters by value, random number generators by their state.
+
+    Parameters
+    ----------
+    roots
+        Where to begin.
+    values
+        Whether to remember the values of tensors and generators, and not only which object is where.
     """
 
-    def __init__(self, *roots: Any) -> None:
+    def __init__(self, *roots: Any, values: bool = True) -> None:
+        self._values = values
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor, int, bool]] = []
         self._seen: set[int] = set()
-        self._cpu = torch.get_rng_state()
+        self._cpu = torch.get_rng_state() if values else None
         initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
-        self._cuda = torch.cuda.get_rng_state_all() if initialised else None
+        self._cuda = torch.cuda.get_rng_state_all() if initialised and values else None
         for root in roots:
             self._take(root)
 
@@ -71,7 +79,8 @@ class Snapshot:
                     tensor.resize_(value.shape)
                 if tensor._version != version or not torch.equal(tensor, value):
                     tensor.copy_(value)
-        torch.set_rng_state(self._cpu)
+        if self._cpu is not None:
+            torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
 
@@ -83,7 +92,7 @@ class Snapshot:
                 continue
             self._seen.add(id(item))
             if isinstance(item, torch.Tensor):
-                if not isinstance(item, torch.nn.Parameter) and not item.is_inference():
+                if self._values and not isinstance(item, torch.nn.Parameter) and not item.is_inference():
                     value = item.detach().clone()
                     self._tensors.append((item, value, item._version, item.requires_grad))
                 continue

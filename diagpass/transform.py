@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, RecompileError, TorchDynamoException
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -90,7 +90,11 @@ def transform(
     given = dict(options or {})
     given.setdefault("strict", strict)
     given.setdefault("verify", verify)
-    fast = Transformed(model, Options.parse(given))
+    from diagpass.loop import SegmentLoop
+    from diagpass.rolled.face import TransformedLoop
+
+    kind = TransformedLoop if isinstance(model, SegmentLoop) else Transformed
+    fast = kind(model, Options.parse(given))
     if example_inputs is not None:
         args, kwargs = _as_call(example_inputs)
         fast.capture(*args, **kwargs)
@@ -113,8 +117,13 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         With ``ran`` None. A model that cannot be captured gets the verdict ``"sequential"`` and the
         reason.
     """
+    from diagpass.loop import SegmentLoop
+    from diagpass.rolled.face import explain_loop
+
     if isinstance(model, Transformed):
         model = model.original
+    if isinstance(model, SegmentLoop):
+        return explain_loop(model, args, kwargs)
     session = Session(Options(), analyse_only=True)
     entry = _make_entry(model, session)
     before = Snapshot(model, args, kwargs)
@@ -181,6 +190,8 @@ def _call(entry: Callable[..., Any], session: Session, args: tuple, kwargs: dict
             raise _CaptureFailed(
                 f"internal error {type(inner).__name__}: {inner} (please report it)"
             ) from error
+        except RecompileError:
+            raise
         except TorchDynamoException as error:
             raise _CaptureFailed(dynamo.why(error)) from error
 

@@ -576,23 +576,21 @@ def _first_flag() -> SegmentLoop:
 
 
 class CountingStep(Step):
-    """Counts segments and tokens in Python, on the step and on a layer; nothing ever reads them."""
+    """Counts segments in Python, on the step and on each layer; nothing ever reads it."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__(layers)
         self.segments_seen = 0
-        self.tokens_seen = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         self.segments_seen += 1
-        self.tokens_seen += 0.5
         return super().forward(x)
 
 
 @rolled("counter")
 def _counter() -> SegmentLoop:
-    """Pure counters, one a float, that are never reset."""
+    """Pure counters that are never reset."""
     return keeps(CountingStep([_copying() for _ in range(L)]), reset=None)
 
 

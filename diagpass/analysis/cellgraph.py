@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.fx as fx
 
@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 DEEPER_PAYS = 0.6  # modules further in are taken as cells only if that saves this much
 
 
-def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGraph | None:
+def find_cells(
+    gm: fx.GraphModule, globs: Sequence[str] | None = None, one_segment: bool = False
+) -> CellGraph | None:
     """Cut a functional graph into cells and glue.
 
     Parameters
@@ -33,6 +35,9 @@ def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGr
         A functional ATen graph with Dynamo's marks on its nodes.
     globs
         Module paths to take as cells instead of what the graph suggests.
+    one_segment
+        Whether the graph is one segment of many: cells of one kind then run together at different
+        segments, which the graph itself does not show.
 
     Returns
     -------
@@ -41,7 +46,7 @@ def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGr
     """
     best: tuple[int, CellGraph] | None = None
     for proposal in filter(None, propose(gm.graph, globs)):
-        cost, found = _better(gm, proposal)
+        cost, found = _better(gm, proposal, _steady_operations if one_segment else _operations)
         first = found.cells[0].path
         log.debug("cells %s...: %d cells, %d operations", first, len(found.cells), cost)
         if best is None or cost < best[0] * DEEPER_PAYS:
@@ -49,14 +54,16 @@ def find_cells(gm: fx.GraphModule, globs: Sequence[str] | None = None) -> CellGr
     return None if best is None else best[1]
 
 
-def _better(gm: fx.GraphModule, proposal: Proposal) -> tuple[int, CellGraph]:
+def _better(
+    gm: fx.GraphModule, proposal: Proposal, operations: Callable[[CellGraph], int]
+) -> tuple[int, CellGraph]:
     """The proposal with or without the glue between its cells, whichever needs fewer operations."""
     with_glue = _build(gm, *assign(gm.graph, proposal))
-    cost = _operations(with_glue)
+    cost = operations(with_glue)
     if not any(node not in proposal for node in with_glue.owner):
         return cost, with_glue
     without = _build(gm, *assign(gm.graph, proposal, absorb=False))
-    other = _operations(without)
+    other = operations(without)
     return (cost, with_glue) if cost <= other else (other, without)
 
 
@@ -97,8 +104,17 @@ def _operations(cells: CellGraph) -> int:
     """How many calls the schedule makes: one per operation of a group, one per operation of glue."""
     size = {kind.index: len(cells.cells[kind.cells[0]].nodes) for kind in cells.kinds}
     batched = sum(size[group.kind] for wave in schedule(cells).waves for group in wave.groups)
-    glue = sum(
+    return batched + _glue_operations(cells)
+
+
+def _steady_operations(cells: CellGraph) -> int:
+    """The same for one segment in a steady state, where each kind is one call a wave."""
+    batched = sum(len(cells.cells[kind.cells[0]].nodes) for kind in cells.kinds)
+    return batched + _glue_operations(cells)
+
+
+def _glue_operations(cells: CellGraph) -> int:
+    return sum(
         is_operation(node) and node not in cells.owner and bool(node.users)
         for node in cells.graph.graph.nodes
     )
-    return batched + glue

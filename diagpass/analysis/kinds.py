@@ -26,18 +26,18 @@ def find_kinds(cells: Sequence[Cell]) -> tuple[Kind, ...]:
     """Group the cells of a graph by kind, in the order of each kind's first cell."""
     alike: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        alike.setdefault(_signature(cell), []).append(cell)
+        alike.setdefault(signature(cell), []).append(cell)
     return tuple(_make_kind(at, members) for at, members in enumerate(alike.values()))
 
 
-def _signature(cell: Cell) -> tuple:
+def signature(cell: Cell) -> tuple:
     """What two cells of one kind have in common, hashable."""
     local = {node: at for at, node in enumerate(cell.nodes)}
     return tuple(
         (
             _hashable(node.target),
             *(_leaf(node, at, leaf, local) for at, leaf in enumerate(_leaves(node))),
-            _type(node.meta.get("val")),
+            value_type(node.meta.get("val")),
         )
         for node in cell.nodes
     )
@@ -52,7 +52,7 @@ def _leaf(node: fx.Node, at: int, leaf: Any, local: dict[fx.Node, int]) -> tuple
     if isinstance(leaf, fx.Node):
         if leaf in local:
             return ("inner", local[leaf])
-        return ("outer", _type(leaf.meta.get("val")))
+        return ("outer", value_type(leaf.meta.get("val")))
     if is_literal(node, at, leaf):
         return ("number", type(leaf))
     return ("constant", type(leaf), _hashable(leaf))
@@ -73,12 +73,12 @@ def _hashable(value: Any) -> Any:
     return value
 
 
-def _type(value: Any) -> Any:
+def value_type(value: Any) -> Any:
     """Shape, dtype and device of what a node computes, hashable."""
     if isinstance(value, torch.Tensor):
         return (tuple(str(size) for size in value.shape), value.dtype, str(value.device))
     if isinstance(value, (tuple, list)):
-        return tuple(_type(item) for item in value)
+        return tuple(value_type(item) for item in value)
     return type(value).__name__
 
 

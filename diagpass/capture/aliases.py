@@ -15,11 +15,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -91,6 +92,86 @@ def forward_aliases(gm: fx.GraphModule) -> int:
     return changed
 
 
+def aggregate(dim: int, pieces: Sequence[tuple[fx.Node, int, int, bool]]) -> Any:
+    """Marks an output that consists of pieces along ``dim``; never run as it stands.
+
+    A piece is ``(source, start, stop, unit)``: ``source[start:stop]`` along ``dim``, or, for a unit, a source
+    that lacks that dimension.
+    """
+    raise AssertionError("an aggregate is put together by whoever reads it")
+
+
+def restack_outputs(gm: fx.GraphModule, layer_of: Callable[[fx.Node], Any]) -> int:
+    """Replace outputs that hold pieces of several layers by :func:`aggregate` of those pieces.
+
+    State kept in one tensor for all layers leaves the graph as a chain of scatters through all of them.
+    What the next segment reads is a piece, and that piece has to wait for its own layer alone.
+
+    Parameters
+    ----------
+    gm
+        A functional graph, its reads forwarded.
+    layer_of
+        Something hashable for the layer that computes a node, None for glue.
+
+    Returns
+    -------
+    int
+        The number of outputs replaced.
+    """
+    output = gm.graph.find_nodes(op="output")[0]
+    leaves, spec = tree_flatten(output.args[0])
+    made: dict[fx.Node, fx.Node] = {}
+    for leaf in leaves:
+        if isinstance(leaf, fx.Node) and leaf not in made and _static(leaf):
+            found = _layered(leaf, layer_of)
+            if found is not None:
+                dim, fragments = found
+                pieces = [(f.source, f.start, f.stop, f.unit) for f in fragments]
+                with gm.graph.inserting_before(output):
+                    new = gm.graph.call_function(aggregate, (dim, pieces))
+                new.meta = {"val": leaf.meta["val"]}
+                made[leaf] = new
+    if made:
+        output.args = (tree_unflatten([made.get(leaf, leaf) for leaf in leaves], spec),)
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
+    return len(made)
+
+
+def _layered(node: fx.Node, layer_of: Callable[[fx.Node], Any]) -> tuple[int, list[_Fragment]] | None:
+    """The dimension along which ``node`` holds pieces of two or more layers, and the pieces."""
+    for dim in range(node.meta["val"].dim()):
+        fragments = _flatten(node, dim)
+        layers = {layer_of(fragment.source) for fragment in fragments} - {None}
+        if len(layers) >= 2:
+            return dim, fragments
+    return None
+
+
+def _flatten(node: fx.Node, dim: int) -> list[_Fragment]:
+    """``node`` along ``dim`` as pieces of nodes that are no aggregates themselves."""
+    found: list[_Fragment] = []
+    pending = [_Fragment(node, 0, node.meta["val"].shape[dim])]
+    while pending:
+        wanted = pending.pop()
+        pieces = None if wanted.unit else _pieces(wanted.source, dim)
+        if pieces is None:
+            found.append(wanted)
+            continue
+        inner, offset = [], 0
+        for piece in pieces:
+            length = piece.stop - piece.start
+            low, high = max(wanted.start - offset, 0), min(wanted.stop - offset, length)
+            offset += length
+            if low < high:
+                start = piece.start + low
+                inner.append(dataclasses.replace(piece, start=start, stop=piece.start + high))
+        pending += reversed(inner)
+    return found
+
+
 def output_bases(graph: fx.Graph) -> list[fx.Node | None]:
     """Per flat output, the node whose memory it may be a view of (itself, if it is no view)."""
     (result,) = graph.find_nodes(op="output")[0].args
@@ -118,7 +199,7 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return _argument(node, 0, "self", None)
     if node.target is aten.copy.default:
         return _copied(graph, node)
-    read = _as_range(node)
+    read = as_range(node)
     if read is None:
         return None
     source, dim, start, stop, drop_dim = read
@@ -128,7 +209,7 @@ def _replacement(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return _build(graph, node, fragments, dim, drop_dim)
 
 
-def _as_range(node: fx.Node) -> tuple[fx.Node, int, int, int, bool] | None:
+def as_range(node: fx.Node) -> tuple[fx.Node, int, int, int, bool] | None:
     """``node`` as ``source[start:stop]`` along ``dim``; the flag says whether dim is dropped."""
     args: Any = node.args
     if node.target is aten.select.int:

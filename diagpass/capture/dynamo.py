@@ -126,6 +126,12 @@ def why(error: BaseException) -> str:
     return message
 
 
+def changed(error: BaseException) -> str:
+    """What differed between two captures, from Dynamo's complaint about a recompilation."""
+    reasons = re.findall(r"^\s*-?\s*\d+/\d+: (.*)$", str(error), re.MULTILINE)
+    return reasons[0].strip() if reasons else first_sentences(str(error))
+
+
 def first_sentences(text: str) -> str:
     """Dynamo's headline, explanation and context without its hints and traces."""
     kept = []

@@ -1,13 +1,13 @@
 """Which weights are stacked, and in what order: the plan, without any tensor.
 
 A *stack* holds one weight of every layer of a kind, row after row, so that a group of neighbouring
-layers reads a slice of it. ``inputs`` are positions in the functional graph's arguments.
+layers reads a slice of it. Weights are *numbered*: a weight may enter several graphs, by other placeholders.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch.fx as fx
 
@@ -16,22 +16,23 @@ from diagpass.ir import CellGraph, Group, Kind, Schedule, Wave
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Rows of one stack: the placeholders in order. Only one stack may own a placeholder's storage."""
+    """Rows of one stack: the weights' numbers in order. Only one stack may own a weight's storage."""
 
-    rows: tuple[fx.Node, ...]
+    rows: tuple[int, ...]
     owns: bool
 
-    def position(self, node: fx.Node) -> int:
-        """The row of a placeholder."""
-        return self.rows.index(node)
+    def position(self, number: int) -> int:
+        """The row of a weight."""
+        return self.rows.index(number)
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightPlan:
-    """The stacks, and per kind and slot the index of the stack that serves it."""
+    """The stacks, per kind and slot the index of the stack that serves it, and each weight's number."""
 
     stacks: tuple[Stack, ...]
     serving: dict[tuple[int, int], int]
+    numbers: Mapping[fx.Node, int]
 
     def rows(self, kind: Kind, slot: int, cells: Collection[int]) -> list[int] | None:
         """The rows that cells of a kind read through a slot, or None if no stack serves it."""
@@ -39,23 +40,35 @@ class WeightPlan:
         if at is None:
             return None
         sources = dict(zip(kind.cells, kind.slots[slot].sources, strict=True))
-        return [self.stacks[at].position(sources[cell]) for cell in cells]
+        return [self.stacks[at].position(self.numbers[sources[cell]]) for cell in cells]
 
 
-def plan_weights(cells: CellGraph, weights: Collection[fx.Node]) -> WeightPlan:
-    """Decide the stacks: one for each slot through which layers read weights of their own."""
-    wanted: dict[tuple[int, int], tuple[fx.Node, ...]] = {}
-    for kind in cells.kinds:
-        order = sorted(range(len(kind.cells)), key=lambda at: cells.cells[kind.cells[at]].layer)
+def plan_weights(
+    kinds: Sequence[Kind], layer_of: Callable[[int], int], numbers: Mapping[fx.Node, int]
+) -> WeightPlan:
+    """Decide the stacks: one for each slot through which layers read weights of their own.
+
+    Parameters
+    ----------
+    kinds
+        What reads the weights.
+    layer_of
+        The layer of a cell.
+    numbers
+        Placeholders that are weights, each with the weight's number.
+    """
+    wanted: dict[tuple[int, int], tuple[int, ...]] = {}
+    for kind in kinds:
+        order = sorted(range(len(kind.cells)), key=lambda at: layer_of(kind.cells[at]))
         for at, slot in enumerate(kind.slots):
-            if slot.literal or not all(source in weights for source in slot.sources):
+            if slot.literal or not all(source in numbers for source in slot.sources):
                 continue
-            rows = tuple(dict.fromkeys(slot.sources[place] for place in order))
+            rows = tuple(dict.fromkeys(numbers[slot.sources[place]] for place in order))
             if len(rows) > 1:
                 wanted[kind.index, at] = rows
     stacks: list[Stack] = []
     serving: dict[tuple[int, int], int] = {}
-    owned: set[fx.Node] = set()
+    owned: set[int] = set()
     for key, rows in sorted(wanted.items(), key=lambda item: (-len(item[1]), item[0])):
         found = next((at for at, stack in enumerate(stacks) if _contains(stack.rows, rows)), None)
         if found is None:
@@ -63,10 +76,10 @@ def plan_weights(cells: CellGraph, weights: Collection[fx.Node]) -> WeightPlan:
             owned.update(rows)
             found = len(stacks) - 1
         serving[key] = found
-    return WeightPlan(tuple(stacks), serving)
+    return WeightPlan(tuple(stacks), serving, numbers)
 
 
-def _contains(rows: tuple[fx.Node, ...], part: tuple[fx.Node, ...]) -> bool:
+def _contains(rows: tuple[int, ...], part: tuple[int, ...]) -> bool:
     if part[0] not in rows:
         return False
     start = rows.index(part[0])
@@ -92,25 +105,38 @@ def _runs(kind: Kind, members: tuple[int, ...], weights: WeightPlan) -> list[tup
     places = [at for at in range(len(kind.slots)) if (kind.index, at) in weights.serving]
     if not places or len(members) == 1:
         return [members]
-    rows = {
-        cell: tuple(row)
-        for cell, *row in zip(members, *(weights.rows(kind, at, members) or () for at in places), strict=True)
-    }
-    same_layer: dict[tuple, list[int]] = {}
-    for cell in members:
-        same_layer.setdefault(rows[cell], []).append(cell)
-    by_layer = [tuple(same) for same in same_layer.values()]
-    by_rank: list[tuple[int, ...]] = []
+    rows = zip(*(weights.rows(kind, at, members) or () for at in places), strict=True)
+    return [tuple(members[at] for at in part) for part in even_runs(list(rows))]
+
+
+def even_runs(rows: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Split cells into groups that can be served from stacks without copying.
+
+    Parameters
+    ----------
+    rows
+        Per cell, the row that it reads of each stack.
+
+    Returns
+    -------
+    list
+        Groups of positions in ``rows``: all of a group read the same rows, or evenly spaced ones.
+    """
+    same_rows: dict[tuple, list[int]] = {}
+    for at, row in enumerate(rows):
+        same_rows.setdefault(row, []).append(at)
+    by_layer = list(same_rows.values())
+    by_rank: list[list[int]] = []
     for rank in range(max(map(len, by_layer))):
         ranked = [same[rank] for same in by_layer if len(same) > rank]
         run = [ranked[0]]
-        for cell in ranked[1:]:
-            if _continues([rows[member] for member in run], rows[cell]):
-                run.append(cell)
+        for at in ranked[1:]:
+            if _continues([rows[member] for member in run[-2:]], rows[at]):
+                run.append(at)
             else:
-                by_rank.append(tuple(run))
-                run = [cell]
-        by_rank.append(tuple(run))
+                by_rank.append(run)
+                run = [at]
+        by_rank.append(run)
     return by_layer if len(by_layer) < len(by_rank) else by_rank
 
 

@@ -1,0 +1,17 @@
+"""The rolled program: a step captured once, any number of segments run from it.
+
+The loop over segments stays in Python and runs as the user wrote it, but the step's tensor work is
+*deferred*: every segment goes through Dynamo's guards, which choose the captured graph that this very
+segment needs, and the graph's outputs are *tokens*, tensors with the right shape and no contents yet. What
+a token will hold is known by identity wherever the step keeps it, so the dependencies between segments are
+those of the values themselves. Cells run wave by wave as soon as no later segment can join their wave.
+
+    capture.py   the step -> a functional graph with its inputs, outputs and writes
+    program.py   that graph -> cells, glue in lumps, and what each reads
+    values.py    deferred values and how the operands of a group are gathered
+    kinds.py     the cells of all captured graphs -> kinds, batched forms, weight stacks
+    run.py       one call: record segments, put cells into waves, run them, fill the tokens
+    face.py      the module that ``transform(SegmentLoop(...))`` returns
+
+Periodicity is never assumed: a segment that behaves otherwise fails a guard and is captured as what it is.
+"""

@@ -1,0 +1,183 @@
+"""The step -> a functional graph, with the roles of its inputs and outputs.
+
+Dynamo captures the step once per behaviour (first segment, later ones, a shorter tail) and checks its guards
+at every segment. AOTAutograd makes each captured graph functional. Nothing runs here: the graph, what it
+writes and what it returns become a :class:`StepGraph`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._functorch._aot_autograd.schemas import OutputType
+from torch._guards import TracingContext
+
+from diagpass.capture import dynamo, functional
+from diagpass.errors import CaptureError
+
+__all__ = ["StepGraph", "capture"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepGraph:
+    """One behaviour of the step.
+
+    Attributes
+    ----------
+    graph
+        Functional ATen graph; its outputs are the written inputs' new values, then what is returned.
+    weights
+        Per input, whether it is a parameter or buffer that the step only reads.
+    names
+        Per input, how Dynamo names where it comes from.
+    written
+        Positions of the inputs that are written in place, in the order of their new values.
+    passed
+        Per returned value, the input that it *is* (the same object), or None.
+    groups
+        Per returned value, a number that is the same for values that share memory, None for a value
+        that has its memory to itself; inputs are counted too (see ``input_groups``).
+    input_groups
+        Input position to group number, for inputs that returned values share memory with.
+    """
+
+    graph: fx.GraphModule
+    weights: tuple[bool, ...]
+    names: tuple[str, ...]
+    written: tuple[int, ...]
+    passed: tuple[int | None, ...]
+    groups: tuple[int | None, ...]
+    input_groups: dict[int, int]
+
+
+class _Found(Exception):
+    """Leaves AOTAutograd with the functional graph."""
+
+    def __init__(self, graph: fx.GraphModule, metadata: Any) -> None:
+        super().__init__("found")
+        self.graph, self.metadata = graph, metadata
+
+
+def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str] = ()) -> StepGraph:
+    """Make Dynamo's graph functional.
+
+    Parameters
+    ----------
+    gm, inputs
+        What Dynamo hands to a backend.
+    changing
+        Names of buffers that are state although this graph only reads them.
+
+    Raises
+    ------
+    CaptureError
+        The graph cannot be deferred; the message says what stands in the way.
+    """
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape):
+            raise CaptureError("an input has a symbolic size; the rolled program needs fixed sizes")
+
+    def lower(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+        raise _Found(graph, getattr(TracingContext.try_get(), "fw_metadata", None))
+
+    try:
+        with torch.no_grad():
+            functional.functionalize(gm, inputs, lower)
+    except _Found as found:
+        graph, metadata = found.graph, found.metadata
+    else:
+        raise CaptureError("the step has no tensor operation")
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    if metadata is None or len(placeholders) != len(inputs):
+        raise CaptureError(
+            "inputs of the step share memory and one of them is written in place; keep such state apart"
+        )
+    written = tuple(metadata.mutated_inp_runtime_indices)
+    (results,) = graph.graph.find_nodes(op="output")[0].args
+    returned = results[len(written) : len(written) + len(metadata.output_info)]
+    passed = tuple(
+        info.base_idx if info.output_type is OutputType.is_input else None for info in metadata.output_info
+    )
+    graph.graph.find_nodes(op="output")[0].args = ((*results[: len(written)], *returned),)
+    graph.recompile()
+    groups, input_groups = _groups(placeholders, returned, passed, metadata)
+    for at in written:
+        if at in input_groups:
+            raise CaptureError(
+                f"{_name(gm, at)} is written in place and a view of it is returned or kept; "
+                "return a copy (clone) instead"
+            )
+    return StepGraph(
+        graph=graph,
+        weights=tuple(
+            _is_weight(node, value) and at not in written and _name(gm, at) not in changing
+            for at, (node, value) in enumerate(zip(_nodes(gm), inputs, strict=True))
+        ),
+        names=tuple(_name(gm, at) for at in range(len(inputs))),
+        written=written,
+        passed=passed,
+        groups=groups,
+        input_groups=input_groups,
+    )
+
+
+def _groups(
+    placeholders: Sequence[fx.Node], returned: Sequence[Any], passed: Sequence[int | None], metadata: Any
+) -> tuple[tuple[int | None, ...], dict[int, int]]:
+    """Which returned values share memory with each other or with an input."""
+    owners: dict[Any, list[int]] = {}
+    for at, (value, same) in enumerate(zip(returned, passed, strict=True)):
+        example = value.meta.get("val") if isinstance(value, fx.Node) else None
+        if isinstance(example, torch.Tensor) and same is None:
+            owners.setdefault(_storage(example), []).append(at)
+    of_input = {}
+    for at, node in enumerate(placeholders):
+        example = node.meta.get("val")
+        if isinstance(example, torch.Tensor):
+            of_input.setdefault(_storage(example), at)
+    groups: list[int | None] = [None] * len(returned)
+    input_groups: dict[int, int] = {}
+    for number, (storage, members) in enumerate(owners.items()):
+        base = of_input.get(storage)
+        different = {returned[at] for at in members}
+        if base is None and len(different) < 2:
+            continue
+        for at in members:
+            groups[at] = number
+        if base is not None:
+            input_groups[base] = number
+    for at, info in enumerate(metadata.output_info):
+        if passed[at] is None and info.base_idx is not None and groups[at] is None:
+            if info.output_type in (OutputType.alias_of_input,):
+                number = input_groups.setdefault(info.base_idx, len(owners) + at)
+                groups[at] = number
+    return tuple(groups), input_groups
+
+
+def _storage(value: torch.Tensor) -> Any:
+    return value.untyped_storage()._cdata
+
+
+def _nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    return gm.graph.find_nodes(op="placeholder")
+
+
+def _source(node: fx.Node) -> Any:
+    return getattr(node.meta.get("grapharg"), "source", None)
+
+
+def _name(gm: fx.GraphModule, at: int) -> str:
+    node = _nodes(gm)[at]
+    source = _source(node)
+    return dynamo.source_name(source) if source is not None else node.name
+
+
+def _is_weight(node: fx.Node, value: Any) -> bool:
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    source = _source(node)
+    return isinstance(value, torch.Tensor) and source is not None and "_buffers" in dynamo.source_name(source)

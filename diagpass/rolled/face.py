@@ -1,0 +1,570 @@
+"""The module that ``transform(SegmentLoop(...))`` returns.
+
+It stands in for the loop: same signature, same results, same state afterwards, any number of segments from
+one capture of the step. What cannot be deferred runs as it stands, with a warning that says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch.fx as fx
+from torch._dynamo.exc import RecompileError
+from torch.utils._pytree import tree_leaves, tree_map
+
+from diagpass.backend import FoundCounters
+from diagpass.capture import dynamo
+from diagpass.errors import CaptureError, DiagpassError, DiagpassWarning, SequentialError
+from diagpass.loop import (
+    SegmentLoop,
+    SegmentStream,
+    check_segments,
+    cut,
+    join,
+    length_of,
+    own,
+    split_result,
+)
+from diagpass.options import Options
+from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
+from diagpass.report import Report
+from diagpass.rolled.capture import capture
+from diagpass.rolled.kinds import Kinds
+from diagpass.rolled.layout import fixed_layout
+from diagpass.rolled.program import Refused, StepProgram, make_program
+from diagpass.rolled.run import Conflict, NotAWeight, Run
+from diagpass.rolled.summary import narrowness, rolled_report
+from diagpass.rolled.check import compare, named_results, run_in_double
+from diagpass.state import Snapshot
+from diagpass.transform import Transformed, _call, _call_key, _CaptureFailed, _disabled, _make_entry, _with_signature
+
+log = logging.getLogger(__name__)
+
+MAX_PROGRAMS = 64  # behaviours and shapes of a step that are kept
+MAX_FRESH = 8  # captures in one call, one segment after the other, before we stop learning
+
+
+@dataclasses.dataclass
+class StepSession:
+    """What is known of one step: its programs, and who is recording at present.
+
+    It has what :func:`diagpass.transform._call` asks of a session: ``symbols``, the counters that stay
+    symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces.
+    """
+
+    options: Options
+    symbols: set[str] = dataclasses.field(default_factory=set)
+    modes: list[Any] = dataclasses.field(default_factory=list)
+    captures: int = 0
+    changing: set[str] = dataclasses.field(default_factory=set)
+    programs: list[StepProgram] = dataclasses.field(default_factory=list)
+    kinds: Kinds = None  # type: ignore[assignment]
+    run: Run | None = None
+
+    def __post_init__(self) -> None:
+        self.kinds = Kinds(self.options)
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Dynamo's call: one behaviour of the step in, what records a segment of it out."""
+        self.captures += 1
+        bounded = dynamo.bounded_deque()
+        if bounded is not None:
+            raise CaptureError(
+                f"{bounded} is a deque with maxlen, which Dynamo captures wrongly when it is full; "
+                "use a list, or a deque without maxlen and popleft"
+            )
+        fresh = dynamo.counters() - self.symbols
+        if fresh:
+            raise FoundCounters(fresh)
+        program = make_program(capture(gm, inputs, self.changing), self.options)
+        self.programs.append(program)
+        log.info(
+            "captured behaviour %d of the step: %d cells, %d units",
+            len(self.programs),
+            len(program.cells),
+            len(program.units),
+        )
+
+        def record(*args: Any) -> Any:
+            if self.run is None:
+                raise AssertionError("a segment was recorded outside of a call")
+            return self.run.step(program, args)
+
+        return record
+
+
+class TransformedLoop(Transformed):
+    """A :class:`~diagpass.SegmentLoop` whose calls and streams run as wavefronts, at any length.
+
+    The step is captured once per behaviour (first segment, later ones, a shorter last one), never for a
+    length. Where autograd would record the step, it runs as it stands.
+
+    Attributes
+    ----------
+    original
+        The loop.
+    report
+        The :class:`~diagpass.report.Report` of the last call or stream, or None.
+    """
+
+    _original: SegmentLoop
+
+    def _renew(self) -> None:
+        session = StepSession(self._options)
+        self.__dict__.update(
+            _session=session,
+            _entry=_make_entry(self._original.step, session),
+            _failed={},
+            _warned=set(),
+            _warmed=False,
+            _broken=None,
+            _last=None,
+            _verified=set(),
+            forward=_with_signature(self._run, self._original.forward),
+        )
+
+    @property
+    def report(self) -> Report | None:
+        """What the last call or stream found and did; None before the first."""
+        return self._last
+
+    def capture(self, inputs: Any, /, state: Any = None, **kwargs: Any) -> Report | None:
+        """Capture the step for these inputs without running it; the state stays as it is.
+
+        Returns
+        -------
+        Report or None
+            What a call would do.
+        """
+        if _disabled():
+            return None
+        with self._lock:
+            segments = cut(inputs, self._original.segment_size, self._original.dim)
+            try:
+                self._remember(self._dry_run(segments, state, kwargs), None)
+            except _STOPS as stopped:
+                self._refuse_because(stopped, _key(self, segments[0], kwargs))
+        return self._last
+
+    def _dry_run(self, segments: list[Any], state: Any, kwargs: dict) -> Run:
+        """Record a call without running anything; the state stays as it is."""
+        before = Snapshot(self._original.step)
+        try:
+            while True:
+                self._original.reset_step()
+                run = Run(self._session.kinds, self._options.max_width, dry=True)
+                try:
+                    for _ in self._record(run, segments, _State(state), kwargs):
+                        pass
+                except NotAWeight as found:
+                    before.restore()
+                    self._take_for_state(found.name)
+                    continue
+                run.drain()
+                return run
+        finally:
+            before.restore()
+
+    def _run(self, inputs: Any, /, state: Any = None, **kwargs: Any) -> Any:
+        """One call of the loop."""
+        loop = self._original
+        if _disabled():
+            return loop(inputs, state, **kwargs)
+        with self._lock:
+            loop.check_state(state)
+            segments = cut(inputs, loop.segment_size, loop.dim)
+            self._check_whole()
+            if self._must_run_plainly(segments[0], state, kwargs):
+                return loop(inputs, state, **kwargs)
+            key = _key(self, segments[0], kwargs)
+            if self._options.verify and key not in self._verified:
+                self.verify(inputs, state, **kwargs)
+                self._verified.add(key)
+            before = Snapshot(loop.step, values=loop.reset is not None)
+            try:
+                result, run = self._deferred(segments, state, kwargs, self._options.max_width)
+            except _STOPS as stopped:
+                before.restore()
+                narrow = isinstance(stopped, Conflict) and stopped.refusal is not None
+                whole = self._dry_run(segments, state, kwargs) if narrow else None
+                self._refuse_because(stopped, key, whole)
+                return loop(inputs, state, **kwargs)
+            except BaseException:
+                before.restore()
+                raise
+            self._remember(run, "wavefront")
+            return result
+
+    def _deferred(
+        self, segments: list[Any], state: Any, kwargs: dict, max_width: int | None
+    ) -> tuple[Any, Run]:
+        """The call as a wavefront: its result and how it went.
+
+        Raises
+        ------
+        _CaptureFailed, Refused, Conflict
+            It has to run as it stands; attributes may be half-written.
+        """
+        loop = self._original
+        while True:
+            before = Snapshot(loop.step, values=False)
+            self._begin()
+            run = Run(self._session.kinds, max_width)
+            carried = _State(state)
+            try:
+                outputs = [out for done in self._record(run, segments, carried, kwargs) for out in done]
+            except NotAWeight as found:
+                before.restore()
+                self._take_for_state(found.name)
+                continue
+            outputs += run.drain()
+            run.finish()
+            joined = join(outputs, loop.dim)
+            return ((joined, carried.value) if loop.carries_state else joined), run
+
+    def verify(self, inputs: Any, /, state: Any = None, **kwargs: Any) -> dict[str, dict[str, float]]:
+        """Compare with the sequential run of this call; the step's state stays as it is.
+
+        Two checks (see :mod:`diagpass.verify`): the schedule run unbatched is bitwise equal to the sequential
+        run, which proves the reordering; the batched run is as close to a run in float64 as the sequential
+        run is, up to a small factor, which proves the arithmetic.
+
+        Returns
+        -------
+        dict
+            Per output and state, by name: relative errors ``"unbatched"`` (against the sequential run),
+            ``"batched"`` and ``"sequential"`` (against the float64 run, or for a float64 model against the
+            sequential run).
+
+        Raises
+        ------
+        VerificationError
+            A value differs by more than that; the message names the worst.
+        DiagpassError
+            The call cannot run as a wavefront.
+        """
+        loop = self._original
+        with self._lock:
+            segments = cut(inputs, loop.segment_size, loop.dim)
+            before = Snapshot(loop.step, inputs, state, kwargs)
+
+            def run(call: Callable[[], Any]) -> dict[str, torch.Tensor]:
+                try:
+                    with torch.no_grad():
+                        return named_results(call(), loop.step)
+                finally:
+                    before.restore()
+
+            try:
+                unbatched = run(lambda: self._deferred(segments, state, kwargs, 1)[0])
+                batched = run(lambda: self._deferred(segments, state, kwargs, self._options.max_width)[0])
+            except _STOPS as stopped:
+                raise SequentialError(f"there is no wavefront to verify: {stopped}") from None
+            sequential = run(lambda: loop(inputs, state, **kwargs))
+            exact = run_in_double(loop, inputs, state, kwargs)
+            return compare(sequential, unbatched, batched, exact)
+
+    def _take_for_state(self, name: str) -> None:
+        """A buffer that the step replaces is state, not a weight: capture anew."""
+        log.info("%s is replaced by the step: taken for state", name)
+        session = self._session
+        renewed = StepSession(self._options, captures=session.captures, changing={*session.changing, name})
+        self.__dict__.update(_session=renewed, _entry=_make_entry(self._original.step, renewed))
+
+    def stream(
+        self, segments: Iterable[Any], state: Any = None, *, progress: bool = False, **kwargs: Any
+    ) -> SegmentStream:
+        """Run segments as they come; arguments and result are those of :meth:`diagpass.SegmentLoop.stream`.
+
+        At most as many segments are held as a wave reaches across (L for a stack of L layers). An output is
+        handed out as soon as its last cell has run. Between two outputs the step's attributes are what they
+        were before the stream; the final state is there with the last output.
+
+        Raises
+        ------
+        DiagpassError
+            While iterating: a stream was abandoned midway and nothing has reset the state since, or another
+            call came between and the step keeps one state.
+        """
+        if _disabled():
+            return self._original.stream(segments, state, progress=progress, **kwargs)
+        self._original.check_state(state)
+        check_segments(segments)
+        outputs = self._stream(segments, _State(state), kwargs)
+        return SegmentStream(outputs, progress=progress, total=length_of(segments))
+
+    def _stream(self, segments: Iterable[Any], carried: _State, kwargs: dict) -> Generator[Any, None, Any]:
+        loop = self._original
+        run = Run(self._session.kinds, self._options.max_width)
+        items = iter(segments)
+        with self._lock:
+            self._check_whole()
+            view = _View(loop.step)
+            self._begin()
+            view.leave()
+            number = loop._runs
+        complete = False
+        try:
+            for at, segment in enumerate(items):
+                plain, done = False, []
+                with self._lock, view:
+                    self._check_alone(number, at)
+                    if at == 0 and self._must_run_plainly(segment, carried.value, kwargs):
+                        plain = True
+                    else:
+                        try:
+                            for done in self._record(run, [segment], carried, kwargs, own=True):  # noqa: B007
+                                pass
+                        except _STOPS as stopped:
+                            if isinstance(stopped, NotAWeight):
+                                self._take_for_state(stopped.name)
+                            else:
+                                self._refuse_because(stopped, _key(self, segment, kwargs))
+                            done = run.drain()
+                            run.finish()
+                            plain = True
+                    if plain:
+                        view.keep()
+                if plain:
+                    yield from done
+                    complete = True
+                    rest = itertools.chain([segment], items)
+                    return (yield from _plainly(loop, rest, carried.value, kwargs))
+                yield from done
+            with self._lock, view:
+                self._check_alone(number, run.segments)
+                done = run.drain()
+            yield from done[:-1]
+            with self._lock, view:
+                self._check_alone(number, run.segments)
+                run.finish()
+                view.keep()
+            complete = True
+            self._remember(run, "wavefront")
+            yield from done[-1:]
+            return carried.value if loop.carries_state else None
+        finally:
+            if not complete and not loop.carries_state:
+                self.__dict__["_broken"] = f"a stream was abandoned or failed after {run.segments} segments"
+
+    def _record(
+        self, run: Run, segments: Iterable[Any], carried: _State, kwargs: dict, own: bool = False
+    ) -> Iterator[list[Any]]:
+        """Send segments through the step; yield the outputs that are complete after each.
+
+        With ``own`` the segments are copied: their memory may be used for the next one.
+        """
+        loop = self._original
+        for segment in segments:
+            segment = tree_map(functools.partial(_fixed, own=own), segment)
+            args = (segment, carried.value) if loop.carries_state else (segment,)
+            run.guard_inputs(segment)
+            captures = self._session.captures
+            result = self._step(run, args, kwargs)
+            state = carried.value
+            if loop.carries_state:
+                result, state = split_result(result, loop.step)
+            run.outputs(result)
+            carried.value = state
+            fresh = self._session.captures > captures
+            run.fresh_captures = run.fresh_captures + 1 if fresh else 0
+            if not fresh:  # learn what comes next before anything is compiled
+                run.advance()
+            self._check_width(run, fresh)
+            yield run.take()
+
+    def _step(self, run: Run, args: tuple, kwargs: dict) -> Any:
+        """One call of the step, recorded."""
+        session = self._session
+        config: Any = torch._dynamo.config
+        session.run = run
+        try:
+            with config.patch(error_on_recompile=run.fresh_captures >= MAX_FRESH):
+                try:
+                    return _call(self._entry, session, args, kwargs)
+                except _CaptureFailed:
+                    if self._warmed or run.segments:
+                        raise
+                    self._warm_up(args, kwargs)
+                    return _call(self._entry, session, args, kwargs)
+        except RecompileError as error:
+            raise Conflict(
+                f"the step is another one at each of {run.segments} segments, so there is nothing to repeat: "
+                f"{dynamo.changed(error)}"
+            ) from None
+        finally:
+            session.run = None
+
+    def _warm_up(self, args: tuple, kwargs: dict) -> None:
+        """Run the step once as it stands: some libraries set themselves up at a first call."""
+        self.__dict__["_warmed"] = True
+        before = Snapshot(self._original.step, args, kwargs)
+        with torch.no_grad():
+            self._original.step(*args, **kwargs)
+        before.restore(keep_setup=True)
+
+    def _begin(self) -> None:
+        """Start a call: reset, and say that earlier streams are over."""
+        if len(self._session.programs) > MAX_PROGRAMS:
+            log.info("dropped %d captured behaviours: too many", len(self._session.programs))
+            captures = self._session.captures
+            session = StepSession(self._options, captures=captures)
+            self.__dict__.update(_session=session, _entry=_make_entry(self._original.step, session))
+        self._original.reset_step()
+        self._original._runs += 1
+        self.__dict__["_broken"] = None
+
+    def _check_whole(self) -> None:
+        if self._broken is not None and self._original.reset is None and not self._original.carries_state:
+            raise DiagpassError(
+                f"{self._broken}, and the state of {type(self._original.step).__name__} is not what any "
+                "number of segments leaves; reset it and call fast.resume(), or make the loop with reset="
+            )
+
+    def resume(self) -> None:
+        """Say that the state is good again after a stream was abandoned."""
+        self.__dict__["_broken"] = None
+
+    def _check_alone(self, number: int, at: int) -> None:
+        if self._original._runs != number and not self._original.carries_state:
+            raise DiagpassError(
+                f"another call of the loop came before segment {at} of this stream, and its step "
+                f"{type(self._original.step).__name__} keeps one state; finish one stream before the next call"
+            )
+
+    def _must_run_plainly(self, segment: Any, state: Any, kwargs: dict) -> bool:
+        """Whether this call is known not to be deferrable; says so once."""
+        key = _key(self, segment, kwargs)
+        known = self._failed.get(key)
+        if known is None and self._options.schedule == "sequential":
+            refusal = Refusal("schedule='sequential' was asked for")
+            self.__dict__["_last"] = rolled_report(None, self._session, refusal, "sequential")
+            return True
+        if known is None and torch.is_grad_enabled():
+            tensors = [*self._original.parameters(), *tree_leaves((segment, state, kwargs))]
+            if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tensors):
+                refusal = Refusal(
+                    "gradients are recorded, and a rolled program has none; call it under torch.no_grad()"
+                )
+                known = refusal, rolled_report(None, self._session, refusal, "sequential")
+        if known is None:
+            return False
+        self._failed[key] = known
+        self._refuse(*known)
+        return True
+
+    def _refuse_because(self, stopped: Exception, key: tuple, run: Run | None = None) -> None:
+        """Remember why a call is not deferred; warn, or raise in strict mode."""
+        if isinstance(stopped, Refused):
+            refusal = stopped.refusal
+        elif isinstance(stopped, _CaptureFailed):
+            refusal = Refusal(f"the step could not be captured as one graph: {stopped}", CaptureError)
+        elif isinstance(stopped, Conflict) and stopped.refusal is not None:
+            refusal = stopped.refusal
+        else:
+            refusal = Refusal(f"the step cannot be deferred: {stopped}", SequentialError)
+        self._failed[key] = refusal, rolled_report(run, self._session, refusal, "sequential")
+        self._refuse(*self._failed[key])
+
+    def _refuse(self, refusal: Refusal, report: Report) -> None:
+        self.__dict__["_last"] = report
+        if self._options.strict:
+            raise refusal.error(refusal.reason)
+        if refusal.reason not in self._warned:
+            self._warned.add(refusal.reason)
+            warnings.warn(f"running sequentially: {refusal.reason}", DiagpassWarning, stacklevel=4)
+
+    def _check_width(self, run: Run, fresh: bool) -> None:
+        """Stop where the steady state leaves no width, unless the wavefront was asked for."""
+        if self._options.schedule != "auto" or run.dry or fresh or run.segments < 4:
+            return
+        if run.steady_width() < LEAST_MEAN_WIDTH:
+            raise Conflict("", narrowness(run))
+
+    def _remember(self, run: Run, ran: str | None) -> None:
+        self.__dict__["_last"] = rolled_report(run, self._session, None, ran)
+        for note in self._session.kinds.notes:
+            if note not in self._warned:
+                self._warned.add(note)
+                warnings.warn(note, DiagpassWarning, stacklevel=4)
+
+
+def explain_loop(loop: SegmentLoop, args: tuple, kwargs: dict) -> Report:
+    """What ``transform`` would do with a call of a loop; nothing is compiled or changed."""
+    fast = TransformedLoop(loop, Options())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DiagpassWarning)
+        report = fast.capture(*args, **kwargs)
+    if report is None:
+        raise DiagpassError("DIAGPASS_DISABLE is set, so there is nothing to explain")
+    return dataclasses.replace(report, ran=None)
+
+
+_STOPS = (_CaptureFailed, Refused, Conflict)
+
+
+@dataclasses.dataclass
+class _State:
+    """The state that goes from step to step where it is passed."""
+
+    value: Any
+
+
+class _View:
+    """A stream's view of the step's attributes, put in place while the stream works.
+
+    Outside they are what they were before the stream, so that half-written state is never seen and what is
+    done to them between two outputs does not disturb the stream.
+    """
+
+    def __init__(self, step: torch.nn.Module) -> None:
+        self._step = step
+        self._outside = Snapshot(step, values=False)
+        self._inside: Snapshot | None = None
+        self._kept = False
+
+    def leave(self) -> None:
+        """Take the stream's view away."""
+        self._inside = Snapshot(self._step, values=False)
+        self._outside.restore()
+
+    def keep(self) -> None:
+        """Let the stream's view stay: it is whole."""
+        self._kept = True
+
+    def __enter__(self) -> None:
+        if self._inside is not None:
+            self._inside.restore()
+
+    def __exit__(self, *error: Any) -> None:
+        if not self._kept:
+            self.leave()
+
+
+def _plainly(
+    loop: SegmentLoop, segments: Iterable[Any], state: Any, kwargs: dict
+) -> Generator[Any, None, Any]:
+    """The sequential loop, from the state that is there."""
+    for segment in segments:
+        if loop.carries_state:
+            output, state = split_result(loop.step(segment, state, **kwargs), loop.step)
+        else:
+            output = loop.step(segment, **kwargs)
+        yield own(output)
+    return state if loop.carries_state else None
+
+
+def _fixed(leaf: Any, own: bool) -> Any:
+    return fixed_layout(leaf, own) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _key(fast: TransformedLoop, segment: Any, kwargs: dict) -> tuple:
+    return _call_key(fast.original, (segment,), kwargs)

@@ -1,0 +1,237 @@
+"""The cells of all captured programs -> kinds, their batched forms and the weight stacks.
+
+Cells of the first segment, of later ones and of a shorter tail come from different graphs; where their code
+is the same they are of one kind and run in one group. A batched form is made once for a kind, a width and
+the operands that its cells share, and kept while programs are added.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from diagpass.analysis.kinds import find_kinds, signature
+from diagpass.errors import BatchingError
+from diagpass.ir import Cell, Kind
+from diagpass.lowering.batch import batch_kind
+from diagpass.lowering.weights import WeightPlan, even_runs, plan_weights
+from diagpass.options import Options
+from diagpass.rolled.program import StepProgram
+from diagpass.rolled.values import Box
+from diagpass.runtime.compiled import InductorKind
+from diagpass.runtime.stacks import WeightStacks
+
+log = logging.getLogger(__name__)
+
+Form = tuple[Callable[..., Any], tuple[bool, ...]]
+
+
+class Kinds:
+    """What the programs of one step have in common.
+
+    Attributes
+    ----------
+    cells
+        The cells of all programs; a cell's number is its place here.
+    kinds
+        The kinds over them.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.cells: list[Cell] = []
+        self.kinds: tuple[Kind, ...] = ()
+        self.notes: dict[str, None] = {}
+        self._place: list[tuple[Kind, int]] = []
+        self._keys: dict[int, tuple] = {}
+        self._forms: dict[tuple, Form | None] = {}
+        self._wrapped: dict[Any, Callable[..., Any]] = {}
+        self._numbers: dict[fx.Node, int] = {}
+        self._objects: list[torch.Tensor] = []
+        self._by_id: dict[int, int] = {}
+        self._boxes: dict[int, Box] = {}
+        self._weights_of: dict[StepProgram, list[torch.Tensor]] = {}
+        self._plan: WeightPlan | None = None
+        self._rows: list[tuple[int, ...]] = []
+        self._stacks: WeightStacks | None = None
+        self._stacked: list[torch.Tensor] = []
+        self._constants: dict[tuple, torch.Tensor] = {}
+        self._slices: dict[tuple, tuple[torch.Tensor, bool]] = {}
+
+    # Programs and their weights.
+
+    def use(self, program: StepProgram, weights: Sequence[torch.Tensor]) -> bool:
+        """Take a program's cells in, unless they are, and see that its weights are the ones we know.
+
+        Parameters
+        ----------
+        program
+            What is about to run.
+        weights
+            The tensors behind its weights, in the order of its placeholders.
+
+        Returns
+        -------
+        bool
+            Whether other weights were met than before; all other programs are out then.
+        """
+        known = self._weights_of.get(program)
+        if known is not None and all(a is b for a, b in zip(known, weights, strict=True)):
+            return False
+        if known is not None:
+            self.cells, self._weights_of = [], {}
+            self._numbers, self._objects, self._by_id, self._boxes = {}, [], {}, {}
+        self._weights_of[program] = list(weights)
+        placeholders = (
+            node
+            for node, is_weight in zip(program.placeholders, program.step.weights, strict=True)
+            if is_weight
+        )
+        for node, value in zip(placeholders, weights, strict=True):
+            number = self._by_id.setdefault(id(value), len(self._objects))
+            if number == len(self._objects):
+                self._objects.append(value)
+            self._numbers[node] = number
+        program.first_cell = len(self.cells)
+        for step_cell in program.cells:
+            cell = step_cell.cell
+            self.cells.append(Cell(len(self.cells), cell.path, cell.layer, 0, cell.nodes))
+        self.kinds = find_kinds(self.cells)
+        self._place = [(self.kinds[0], 0)] * len(self.cells)
+        for kind in self.kinds:
+            for member, number in enumerate(kind.cells):
+                self._place[number] = (kind, member)
+            first = self.cells[kind.cells[0]]
+            literals = tuple(slot.literal for slot in kind.slots)
+            self._keys[kind.index] = (signature(first), kind.body.code, literals)
+        self._plan = None
+        return known is not None
+
+    def weight(self, node: fx.Node) -> Box:
+        """What a program reads through a weight's placeholder; one box for a weight."""
+        number = self._numbers[node]
+        if number not in self._boxes:
+            self._boxes[number] = Box(self._objects[number])
+        return self._boxes[number]
+
+    def is_weight(self, node: Any) -> bool:
+        """Whether a program reads a weight through this node."""
+        return node in self._numbers
+
+    def refresh(self) -> None:
+        """Bring plan and stacks up to date with the weights' values, before waves run."""
+        if self._plan is None:
+            layers = self.cells
+            plan = plan_weights(self.kinds, lambda at: layers[at].layer, self._numbers)
+            if self._stacks is None or [s.rows for s in plan.stacks] != self._stacks.rows:
+                share = self.options.weights == "share"
+                rows = [stack.rows for stack in plan.stacks]
+                self._stacks = WeightStacks(rows, [stack.owns for stack in plan.stacks], share)
+            self._plan = plan
+            self._rows = [()] * len(self.cells)
+            for kind in self.kinds:
+                served = [at for at in range(len(kind.slots)) if (kind.index, at) in plan.serving]
+                columns = [plan.rows(kind, at, kind.cells) or [] for at in served]
+                for number, row in zip(kind.cells, zip(*columns, strict=True), strict=False):
+                    self._rows[number] = row
+        assert self._stacks is not None
+        found = self._stacks(self._objects)
+        if len(found) != len(self._stacked) or any(
+            a is not b for a, b in zip(found, self._stacked, strict=True)
+        ):
+            self._stacked = found
+            self._slices = {}
+
+    # Groups.
+
+    def of(self, cell: int) -> tuple[Kind, int]:
+        """A cell's kind and its place in it."""
+        return self._place[cell]
+
+    def split(self, cells: Sequence[int]) -> list[list[int]]:
+        """Cells of one kind -> groups (of positions) that read evenly spaced weights, of usual widths."""
+        groups = []
+        for run in even_runs([self._rows[cell] for cell in cells]):
+            start = 0
+            full = len({self._rows[cell] for cell in self.of(cells[0])[0].cells})
+            for width in [len(run)] if len(run) == full else usual_widths(len(run)):
+                groups.append(run[start : start + width])
+                start += width
+        return groups
+
+    def weights(self, kind: Kind, slot: int, cells: Sequence[int]) -> tuple[torch.Tensor, bool] | None:
+        """A group's operand from the stacks and whether it is shared; None if no stack serves the slot."""
+        assert self._plan is not None
+        at = self._plan.serving.get((kind.index, slot))
+        if at is None:
+            return None
+        key = (kind.index, slot, *cells)
+        found = self._slices.get(key)
+        if found is None:
+            rows = self._plan.rows(kind, slot, cells) or []
+            if len(set(rows)) == 1:
+                found = self._objects[self._plan.stacks[at].rows[rows[0]]], True
+            else:
+                found = self._stacked[at][rows[0] : rows[-1] + 1 : rows[1] - rows[0]], False
+            self._slices[key] = found
+        return found
+
+    def numbers(self, items: tuple[float, ...]) -> torch.Tensor:
+        """The numbers that differ from cell to cell as a tensor of shape (width,)."""
+        key = (type(items[0]), *items)
+        if key not in self._constants:
+            dtype = torch.float64 if isinstance(items[0], float) else torch.int64
+            self._constants[key] = torch.tensor(items, dtype=dtype)
+        return self._constants[key]
+
+    def single(self, kind: Kind) -> Callable[..., Any]:
+        """What runs one cell."""
+        return self._wrap(kind.body, f"kind{kind.index}", self._keys[kind.index])
+
+    def form(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> Form | None:
+        """What runs a group, and which of its results are stacked; None if the kind has no batched form."""
+        key = (self._keys[kind.index], width, shared)
+        if key not in self._forms:
+            try:
+                traced, stacked = batch_kind(kind, width, shared)
+            except BatchingError as error:
+                first = self.cells[kind.cells[0]]
+                self.notes[f"cells like {first.path} run unbatched: {error}"] = None
+                self._forms[key] = None
+            else:
+                self._forms[key] = self._wrap(traced, f"kind{kind.index}_w{width}", key), stacked
+        return self._forms[key]
+
+    def glue(self, module: fx.GraphModule, key: Any) -> Callable[..., Any]:
+        """What runs a lump."""
+        return self._wrap(module, "glue", key)
+
+    def _wrap(self, graph: fx.GraphModule, name: str, key: Any) -> Callable[..., Any]:
+        if key not in self._wrapped:
+            compiled = self.options.compiler == "inductor"
+            self._wrapped[key] = InductorKind(graph, name) if compiled else graph.forward
+        return self._wrapped[key]
+
+
+def usual_widths(count: int) -> list[int]:
+    """``count`` cells as groups of few different widths, none of one cell if there are two or more.
+
+    A batched form is made for a width. The ramps have every width up to that of the steady state; put
+    together from widths 2^k and 3 * 2^k they need only a few forms.
+    """
+    widths = []
+    while count:
+        best = 1
+        size = 2
+        while size <= count:
+            for width in (size, size + size // 2):
+                if width <= count and count - width != 1:
+                    best = max(best, width)
+            size *= 2
+        widths.append(best)
+        count -= best
+    return widths

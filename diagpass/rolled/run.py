@@ -1,0 +1,546 @@
+"""One call of a rolled program: segments are recorded, cells run wave by wave, tokens are filled.
+
+A *token* is a tensor that Dynamo's own code stores wherever the step keeps state or returns results, with the
+right shape and no contents yet. ``Run`` knows by identity which deferred value each token will hold, and
+likewise what a tensor that is written in place will hold. Until ``finish`` nothing that existed before the
+call is written, so that a failure midway leaves it as it was.
+
+The wave of a cell is one after the last of the values that it reads; it begins no earlier than the segment
+before it did, plus one. When a segment has been recorded, all waves up to its first cell's are complete: no
+later segment can add to them. So they run at once, and at any time only the segments that a wave reaches
+across are held.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from diagpass.capture import aliases
+from diagpass.ir import Kind
+from diagpass.lowering.emit import restride
+from diagpass.pipeline import Refusal
+from diagpass.rolled.kinds import Kinds
+from diagpass.rolled.program import Lump, StepCell, StepProgram, is_number
+from diagpass.rolled.values import NOW, Box, Row, aggregate, derived, gather, read, union
+
+log = logging.getLogger(__name__)
+
+
+RECORDED = 4096  # cells whose place and dependencies are kept for the report
+
+
+class Conflict(Exception):
+    """A segment does something that cannot be deferred; the text says what. The call runs sequentially.
+
+    ``refusal`` is there where the reason is a matter of width.
+    """
+
+    def __init__(self, reason: str, refusal: Refusal | None = None) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
+
+
+class NotAWeight(Conflict):
+    """What was taken for a weight is replaced by the step; ``name`` is Dynamo's name of it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} was replaced by the step itself")
+        self.name = name
+
+
+class _Cell:
+    """A cell of one segment that waits for its wave."""
+
+    __slots__ = ("boxes", "layer", "number", "order", "outputs", "segment")
+
+    def __init__(self, number: int, layer: int, segment: int, order: int) -> None:
+        self.number, self.layer, self.segment, self.order = number, layer, segment, order
+        self.boxes: dict[fx.Node, Any] = {}
+        self.outputs: dict[fx.Node, Box] = {}
+
+
+class Run:
+    """One call, from its first segment to its final state.
+
+    Parameters
+    ----------
+    kinds
+        The cells of all programs, shared by all calls.
+    max_width
+        The largest number of cells in a wave; with 1 cells run one by one, unbatched.
+    dry
+        Only record: nothing is computed and no token is filled.
+    """
+
+    def __init__(self, kinds: Kinds, max_width: int | None = None, dry: bool = False) -> None:
+        self.kinds, self.max_width, self.dry = kinds, max_width, dry
+        self.segments = self.cells = self.waves = self.widest = self.batched_cells = 0
+        self.fresh_captures = 0
+        self.seconds = 0.0
+        self.layers: set[int] = set()
+        self.grid: list[tuple[int, int, int, int]] = []  # segment, layer, cell number, wave
+        self.edges: list[frozenset[int]] = []
+        self._floor = 0
+        self._advance: deque[tuple[int, int]] = deque(maxlen=4)  # base wave and cells of the last segments
+        self._done = -1
+        self._fresh = False
+        self._waves: dict[int, list[_Cell]] = {}
+        self._pending: dict[int, tuple[Callable[[], torch.Tensor | None], Box]] = {}
+        self._held: dict[int, torch.Tensor] = {}
+        self._written: dict[int, int] = {}
+        self._families: dict[int, list[weakref.ref]] = {}
+        self._tokens: set[int] = set()
+        self._rewritten: set[int] = set()
+        self._inputs: dict[int, torch.Tensor] = {}
+        self._handed_out: dict[int, weakref.ref] = {}
+        self._weights_of: dict[StepProgram, tuple] = {}
+        self._lumps: dict[Any, tuple[list, list[Box]]] = {}
+        self._waiting: deque[tuple[Any, int, list[tuple[torch.Tensor, Box]]]] = deque()
+
+    # Recording.
+
+    def step(self, program: StepProgram, args: Sequence[Any]) -> list[Any]:
+        """Record one segment.
+
+        Parameters
+        ----------
+        program
+            What Dynamo's guards chose.
+        args
+            The captured graph's inputs.
+
+        Returns
+        -------
+        list
+            The captured graph's results, tensors being tokens.
+        """
+        begin = time.perf_counter()
+        self._check_weights(program, args)
+        for at in program.step.written:
+            self._check_write(program.step.names[at], args[at])
+        boxes: dict[Any, Any] = {node: Box(value) for node, value in program.constants.items()}
+        for node, is_weight, value in zip(program.placeholders, program.step.weights, args, strict=True):
+            if is_weight:
+                continue
+            boxes[node] = self._input(value) if isinstance(value, torch.Tensor) else value
+        for node, source, dim, start, stop, drop in program.reads:
+            found = read(boxes[source], dim, start, stop, drop)
+            if found is None:
+                found = derived(_piece, boxes[source], dim, start, stop, drop)
+            boxes[node] = found
+        floor, base = self._floor, None
+        for unit in program.units:
+            if isinstance(unit, Lump):
+                self._lump(unit, boxes)
+            else:
+                wave = self._cell(program, unit, boxes, floor)
+                base = wave if base is None else min(base, wave)
+        self._floor = (floor if base is None else base) + 1
+        self._advance.append((self._floor, len(program.cells)))
+        results = self._results(program, args, boxes)
+        self.segments += 1
+        self.seconds += time.perf_counter() - begin
+        return results
+
+    def _check_weights(self, program: StepProgram, args: Sequence[Any]) -> None:
+        found = self._weights_of.get(program)
+        if found is None:
+            at = [place for place, is_weight in enumerate(program.step.weights) if is_weight]
+            weights = [args[place] for place in at]
+            if self.kinds.use(program, weights) and self._weights_of:
+                raise Conflict("weights were replaced by the step itself")
+            self._weights_of[program] = (at, weights)
+            self._fresh = False
+            return
+        for place, weight in zip(*found, strict=True):
+            if args[place] is not weight:
+                raise NotAWeight(program.step.names[place])
+
+    def _input(self, value: torch.Tensor) -> Box:
+        found = self._pending.get(id(value))
+        if found is not None and found[0]() is value:
+            return found[1]
+        if self._written:
+            owner = self._written.get(value.untyped_storage().data_ptr())
+            if owner is not None and owner != id(value):
+                raise Conflict("a tensor is read that shares memory with one that was written in place")
+        if id(value) in self._tokens and id(value) not in self._handed_out:
+            raise AssertionError("a token without a value")
+        return Box(value)
+
+    def _value(self, node: Any, boxes: dict[Any, Any]) -> Any:
+        """A box, or a number, for a node."""
+        if not isinstance(node, fx.Node):
+            return node
+        found = boxes.get(node)
+        if found is not None:
+            return found
+        if self.kinds.is_weight(node):
+            return self.kinds.weight(node)
+        if is_number(node) and node.op == "call_function":
+            arguments = fx.map_arg((node.args, node.kwargs), lambda source: self._value(source, boxes))
+            target: Any = node.target
+            boxes[node] = target(*arguments[0], **arguments[1])
+            return boxes[node]
+        if node.target is aliases.aggregate:
+            boxes[node] = self._aggregate(node, boxes)
+            return boxes[node]
+        raise AssertionError(f"{node.format_node()} has no value")
+
+    def _aggregate(self, node: fx.Node, boxes: dict[Any, Any]) -> Box:
+        dim, pieces = node.args
+        parts: list[tuple[Box, int, int, bool]] = []
+        for source, start, stop, unit in pieces:  # type: ignore[union-attr]
+            box = self._value(source, boxes)
+            inner = None if unit or box.parts is None or box.parts[0] != dim else box.parts[1]
+            if inner is None:
+                parts.append((box, start, stop, unit))
+                continue
+            offset = 0
+            for piece, low, high, is_unit in inner:  # an untouched piece: what it was before this segment
+                first, last = max(start - offset, 0), min(stop - offset, high - low)
+                offset += high - low
+                if first < last:
+                    parts.append((piece, low + first, low + last, is_unit))
+        return aggregate(dim, parts)  # type: ignore[arg-type]
+
+    def _lump(self, lump: Lump, boxes: dict[Any, Any]) -> None:
+        """Make boxes for a lump's results; those of a lump with the same inputs as before are taken again."""
+        inputs = [self._value(node, boxes) for node in lump.inputs]
+        now = [box.value if isinstance(box, Box) and box.is_plain else box for box in inputs]
+        fixed = all(not isinstance(box, Box) or box.ready == NOW for box in inputs)
+        if fixed:
+            known = self._lumps.get(lump.key)
+            if known is not None and len(known[0]) == len(now) and all(map(_same, known[0], now)):
+                for node, box in zip(lump.outputs, known[1], strict=True):
+                    boxes[node] = box
+                return
+        made = _LumpRun(self.kinds.glue(lump.module, lump.key), inputs)
+        given = [box for box in inputs if isinstance(box, Box)]
+        ready, cells = max((box.ready for box in given), default=NOW), union(given)
+        results = [
+            Box(ready=ready, compute=made.result(at), cells=cells) for at in range(len(lump.outputs))
+        ]
+        boxes.update(zip(lump.outputs, results, strict=True))
+        if fixed:
+            self._lumps[lump.key] = (now, results)
+
+    def _cell(self, program: StepProgram, unit: StepCell, boxes: dict[Any, Any], floor: int) -> int:
+        number = program.first_cell + unit.cell.index
+        order = self.cells
+        self.cells += 1
+        cell = _Cell(number, unit.cell.layer, self.segments, order)
+        wave = floor
+        read_boxes = []
+        for node in unit.reads:
+            box = self._value(node, boxes)
+            cell.boxes[node] = box
+            if isinstance(box, Box):
+                read_boxes.append(box)
+                if box.ready >= wave:
+                    wave = box.ready + 1
+        behind = frozenset((order,))
+        for node in unit.outputs:
+            boxes[node] = cell.outputs[node] = Box(ready=wave, cells=behind)
+        self._waves.setdefault(wave, []).append(cell)
+        if order < RECORDED:
+            self.edges.append(union(read_boxes))
+            self.grid.append((self.segments, unit.cell.layer, number, wave))
+        self.layers.add(unit.cell.layer)
+        return wave
+
+    def _results(self, program: StepProgram, args: Sequence[Any], boxes: dict[Any, Any]) -> list[Any]:
+        results: list[Any] = []
+        families: dict[int, list[weakref.ref]] = {}
+        for at, number in program.step.input_groups.items():
+            families[number] = self._family(args[at])
+        for out in program.returned:
+            if out.passed is not None:
+                value = args[out.passed]
+                if program.step.written and out.passed in program.step.written and id(value) not in self._tokens:
+                    self._held[id(value)] = value
+                results.append(value)
+                continue
+            box = self._value(out.node, boxes)
+            if not isinstance(box, Box) or not isinstance(out.node, fx.Node):
+                results.append(box)
+                continue
+            example = out.node.meta["val"]
+            token = torch.empty_strided(
+                [int(size) for size in example.shape],
+                [int(step) for step in example.stride()],
+                dtype=example.dtype,
+                device=example.device,
+            )
+            self._set(token, box)
+            self._tokens.add(id(token))
+            if out.group is not None:
+                family = families.setdefault(out.group, [])
+                family.append(weakref.ref(token))
+                self._families[id(token)] = family
+            results.append(token)
+        for at, node in zip(program.step.written, program.updates, strict=True):
+            self._write(args[at], self._value(node, boxes))
+            self._rewritten.add(id(args[at]))
+        return results
+
+    def _family(self, value: torch.Tensor) -> list[weakref.ref]:
+        """The tensors that share memory with ``value``, itself among them."""
+        found = self._families.get(id(value))
+        if found is None:
+            found = self._families[id(value)] = [weakref.ref(value)]
+            weakref.finalize(value, self._families.pop, id(value), None)
+        return found
+
+    def _set(self, tensor: torch.Tensor, box: Box) -> None:
+        self._handed_out.pop(id(tensor), None)
+        self._rewritten.discard(id(tensor))
+        self._pending[id(tensor)] = (self._watch(tensor), box)
+
+    def _watch(self, tensor: torch.Tensor) -> weakref.ref:
+        """A reference that forgets all about the tensor when it is gone: another may get its id."""
+        key = id(tensor)
+
+        def gone(_: Any) -> None:
+            self._pending.pop(key, None)
+            self._tokens.discard(key)
+            self._rewritten.discard(key)
+            self._handed_out.pop(key, None)
+            self._families.pop(key, None)
+
+        return weakref.ref(tensor, gone)
+
+    def _check_write(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse a write in place that others would have to see."""
+        if id(tensor) in self._inputs:
+            raise Conflict(f"the step writes into its own input {name}")
+        others = [ref() for ref in self._families.get(id(tensor), ())]
+        if any(other is not None and other is not tensor for other in others):
+            raise Conflict(f"{name} is written in place while a view of it is kept")
+        if id(tensor) in self._handed_out:
+            raise Conflict(f"{name} is written in place after it was returned; return a copy (clone)")
+        if id(tensor) not in self._tokens:
+            storage = tensor.untyped_storage().data_ptr()
+            if self._written.setdefault(storage, id(tensor)) != id(tensor):
+                raise Conflict(f"{name} shares memory with another tensor that is written in place")
+
+    def _write(self, tensor: torch.Tensor, box: Box) -> None:
+        """Record that a tensor is written in place."""
+        if id(tensor) in self._tokens:
+            self._pending[id(tensor)] = (self._pending[id(tensor)][0], box)
+            return
+        self._held[id(tensor)] = tensor
+        self._pending[id(tensor)] = (lambda: tensor, box)
+
+    def guard_inputs(self, segment: Any) -> None:
+        """Name the tensors of the segment to come: the step must not write to them."""
+        self._inputs = {id(leaf): leaf for leaf in tree_leaves(segment) if isinstance(leaf, torch.Tensor)}
+
+    def outputs(self, value: Any) -> None:
+        """Say that the recorded segment's result is ``value``; its tokens are filled as soon as may be.
+
+        A tensor that the step writes in place is handed out as a copy.
+        """
+        leaves, spec = tree_flatten(value)
+        tokens, ready = [], NOW
+        for at, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            found = self._pending.get(id(leaf))
+            if found is None or found[0]() is not leaf:
+                continue
+            box = found[1]
+            if id(leaf) in self._rewritten:
+                leaf = leaves[at] = torch.empty_like(leaf)
+                self._set(leaf, box)
+                self._tokens.add(id(leaf))
+            tokens.append((leaf, box))
+            ready = max(ready, box.ready)
+        self._waiting.append((tree_unflatten(leaves, spec), ready, tokens))
+
+    def steady_width(self) -> float:
+        """Cells per wave, from the last segments recorded."""
+        if not self._advance:
+            return 0.0
+        first, last = self._advance[0], self._advance[-1]
+        cells = sum(count for _, count in list(self._advance)[1:])
+        return cells / max(last[0] - first[0], 1)
+
+    # Running.
+
+    def advance(self) -> None:
+        """Run the waves that no later segment can add to."""
+        self._run_waves(self._floor - 1)
+
+    def take(self) -> list[Any]:
+        """The results of segments, in order, that are complete by now; their tokens are filled."""
+        found = []
+        while self._waiting and self._waiting[0][1] <= self._done:
+            value, _, tokens = self._waiting.popleft()
+            for token, box in tokens:
+                if not self.dry:
+                    _fill(token, box.tensor())
+                if self._pending.get(id(token), (None, None))[1] is box:
+                    del self._pending[id(token)]
+                    self._handed_out[id(token)] = self._watch(token)
+            found.append(value)
+        return found
+
+    def drain(self) -> list[Any]:
+        """Run all that is left; the results of the last segments."""
+        self._run_waves(max(self._waves, default=self._done))
+        self._done = max(self._done, self._floor)
+        return self.take()
+
+    def finish(self) -> None:
+        """Put the final state where the step keeps it."""
+        found = []
+        for reference, box in list(self._pending.values()):
+            tensor = reference()
+            if tensor is not None and not self.dry:
+                found.append((tensor, box.tensor()))
+        written = {tensor.untyped_storage().data_ptr() for tensor, _ in found}
+        values = [
+            value.clone() if value.untyped_storage().data_ptr() in written else value for _, value in found
+        ]
+        for (tensor, _), value in zip(found, values, strict=True):
+            _fill(tensor, value)
+        self._pending, self._held, self._written = {}, {}, {}
+
+    def _run_waves(self, last: int) -> None:
+        if self._done < last and not self.dry and not self._fresh:
+            self.kinds.refresh()
+            self._fresh = True
+        with torch.no_grad():
+            while self._done < last:
+                self._done += 1
+                cells = self._waves.pop(self._done, [])
+                if cells:
+                    self._wave(cells)
+
+    def _wave(self, cells: list[_Cell]) -> None:
+        cells.sort(key=lambda cell: (cell.layer, cell.segment))
+        limit = self.max_width or len(cells)
+        for start in range(0, len(cells), limit):
+            part = cells[start : start + limit]
+            self.waves += 1
+            self.widest = max(self.widest, len(part))
+            if self.dry:
+                continue
+            by_kind: dict[int, list[_Cell]] = {}
+            for cell in part:
+                by_kind.setdefault(self.kinds.of(cell.number)[0].index, []).append(cell)
+            for group in by_kind.values():
+                for positions in self.kinds.split([cell.number for cell in group]):
+                    self._group([group[at] for at in positions])
+
+    def _group(self, cells: list[_Cell]) -> None:
+        kind, _ = self.kinds.of(cells[0].number)
+        members = [self.kinds.of(cell.number)[1] for cell in cells]
+        literal = self.kinds.options.compiler == "inductor" and any(slot.literal for slot in kind.slots)
+        if len(cells) > 1 or literal:
+            operands, shared = self._operands(kind, cells, members, literal)
+            form = self.kinds.form(kind, len(cells), shared)
+            if form is not None:
+                run, stacked = form
+                results = run(*operands)
+                for result, is_stacked, nodes in zip(results, stacked, kind.outputs, strict=True):
+                    for row, (cell, member) in enumerate(zip(cells, members, strict=True)):
+                        node = nodes[member]
+                        if node is not None:
+                            cell.outputs[node].put(Row(result, row, len(cells)) if is_stacked else result)
+                self.batched_cells += len(cells) if len(cells) > 1 else 0
+                return
+        for cell, member in zip(cells, members, strict=True):
+            self._single(kind, cell, member)
+
+    def _operands(
+        self, kind: Kind, cells: list[_Cell], members: list[int], literal: bool
+    ) -> tuple[list[Any], tuple[bool, ...]]:
+        operands, shared = [], []
+        numbers = [cell.number for cell in cells]
+        for at, slot in enumerate(kind.slots):
+            if slot.literal:
+                items = [slot.sources[member] for member in members]
+                same = not literal and all(item == items[0] for item in items)
+                operands.append(items[0] if same else self.kinds.numbers(tuple(items)))
+                shared.append(same)
+                continue
+            served = self.kinds.weights(kind, at, numbers)
+            if served is not None:
+                operands.append(served[0])
+                shared.append(served[1])
+                continue
+            boxes = [self._operand(slot.sources[member], cell) for cell, member in zip(cells, members, strict=True)]
+            first = boxes[0]
+            same = all(box is first for box in boxes) and (len(cells) > 1 or not literal)
+            if not isinstance(first, Box):
+                same = all(box == first for box in boxes)
+                operands.append(first if same else boxes)
+            else:
+                operands.append(first.tensor() if same else gather(boxes))
+            shared.append(same)
+        return operands, tuple(shared)
+
+    def _operand(self, source: fx.Node, cell: _Cell) -> Any:
+        found = cell.boxes.get(source)
+        return self.kinds.weight(source) if found is None else found
+
+    def _single(self, kind: Kind, cell: _Cell, member: int) -> None:
+        operands = []
+        for slot in kind.slots:
+            source = slot.sources[member]
+            box = source if slot.literal else self._operand(source, cell)
+            operands.append(box.tensor() if isinstance(box, Box) else box)
+        for result, nodes in zip(self.kinds.single(kind)(*operands), kind.outputs, strict=True):
+            node = nodes[member]
+            if node is not None:
+                cell.outputs[node].put(result)
+
+
+class _LumpRun:
+    """A lump of one segment: runs when the first of its results is read."""
+
+    __slots__ = ("function", "inputs", "results")
+
+    def __init__(self, function: Callable[..., Any], inputs: list[Any]) -> None:
+        self.function, self.inputs = function, inputs
+        self.results: Any = None
+
+    def result(self, at: int) -> Callable[[], Any]:
+        """What computes the result at a position."""
+
+        def compute() -> Any:
+            if self.results is None:
+                values = [box.tensor() if isinstance(box, Box) else box for box in self.inputs]
+                with torch.no_grad():
+                    self.results = list(self.function(*values))
+                self.inputs = []
+            return self.results[at]
+
+        return compute
+
+
+def _piece(value: torch.Tensor, dim: int, start: int, stop: int, drop: bool) -> torch.Tensor:
+    return value.select(dim, start) if drop else value.narrow(dim, start, stop - start)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, torch.Tensor) and type(a) is type(b) and a == b)
+
+
+def _fill(token: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        if 0 in token.stride() and token.numel() > 0:
+            token.set_(restride(value, token.stride(), True))
+        else:
+            token.copy_(value)

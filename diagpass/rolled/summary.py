@@ -1,0 +1,129 @@
+"""A run -> its :class:`~diagpass.report.Report`, and why it is too narrow if it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diagpass.capture.marks import source_line
+from diagpass.errors import ChainError
+from diagpass.ir import Cell, Edge
+from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
+from diagpass.report import Report
+from diagpass.rolled.run import Run
+
+__all__ = ["narrowness", "rolled_report"]
+
+
+def narrowness(run: Run) -> Refusal:
+    """Why a steady state leaves no width."""
+    chain = _chain(run)
+    if chain is not None:
+        line = next(filter(None, map(source_line, reversed(chain.source.nodes))), None)
+        where = f" ({line})" if line else ""
+        return Refusal(
+            f"a chain leaves no width: {chain}{where}, so each wave has {run.steady_width():.2f} cells",
+            ChainError,
+            legal=True,
+        )
+    if len(run.layers) == 1:
+        return Refusal("the step has one repeated layer, so no cell can run beside another", legal=True)
+    return Refusal(
+        f"the dependencies leave no width: each wave has {run.steady_width():.2f} cells", legal=True
+    )
+
+
+def rolled_report(run: Run | None, session: Any, refusal: Refusal | None, ran: str | None) -> Report:
+    """The report of a call, a stream or a capture; without a run, of one that was not deferred."""
+    plans = len(session.programs)
+    if run is None:
+        return Report(
+            segments=0,
+            layers=0,
+            cells=0,
+            waves=0,
+            max_width=0,
+            mean_width=0.0,
+            kinds=[],
+            verdict="sequential",
+            reason=refusal.reason if refusal else None,
+            chain=None,
+            notes=[],
+            ran=ran,
+            captures=session.captures,
+            plans=plans,
+        )
+    kinds = session.kinds
+    waves = sorted({wave for *_, wave in run.grid})
+    place = {wave: at for at, wave in enumerate(waves)}
+    schedule: list[dict[int, list[int]]] = [{} for _ in waves]
+    for at, (_, _, number, wave) in enumerate(run.grid):
+        schedule[place[wave]].setdefault(kinds.of(number)[0].index, []).append(at)
+    numbers = {number for _, _, number, _ in run.grid}
+    chain = _chain(run)
+    mean = run.cells / run.waves if run.waves else 0.0
+    narrow = refusal
+    if refusal is None and mean < LEAST_MEAN_WIDTH and run.max_width is None:
+        narrow = (
+            Refusal("the input has one segment, so no cell can run beside another")
+            if run.segments == 1
+            else narrowness(run)
+        )
+    return Report(
+        segments=run.segments,
+        layers=len(run.layers),
+        cells=run.cells,
+        waves=run.waves,
+        max_width=run.widest,
+        mean_width=mean,
+        kinds=[
+            {
+                "index": kind.index,
+                "cells": sum(1 for _, _, number, _ in run.grid if kinds.of(number)[0] is kind),
+                "layers": sorted({kinds.cells[number].layer for number in kind.cells if number in numbers}),
+                "first": kinds.cells[kind.cells[0]].path,
+                "operations": len(kinds.cells[kind.cells[0]].nodes),
+                "unbatchable": kind.unbatchable,
+            }
+            for kind in kinds.kinds
+            if numbers.intersection(kind.cells)
+        ],
+        verdict="sequential" if narrow else "wavefront",
+        reason=narrow.reason if narrow else None,
+        chain=chain,
+        notes=list(kinds.notes),
+        ran=ran,
+        batched_cells=run.batched_cells,
+        captures=session.captures,
+        plans=plans,
+        planning_seconds=run.seconds,
+        grid=[
+            {
+                "segment": segment,
+                "layer": layer,
+                "path": kinds.cells[number].path,
+                "kind": kinds.of(number)[0].index,
+                "wave": place[wave],
+            }
+            for segment, layer, number, wave in run.grid
+        ],
+        edges=sorted([before, after] for after, behind in enumerate(run.edges) for before in behind),
+        schedule=[
+            [{"kind": kind, "cells": cells} for kind, cells in sorted(wave.items())] for wave in schedule
+        ],
+    )
+
+
+def _chain(run: Run) -> Edge | None:
+    """The edge from a layer to a lower one at a later segment that drops most, then spans least."""
+    worst: tuple[tuple[int, int, int, int], Edge] | None = None
+    for after, behind in enumerate(run.edges):
+        for before in behind:
+            (s0, l0, n0, _), (s1, l1, n1, _) = run.grid[before], run.grid[after]
+            if l0 <= l1 or s1 <= s0:
+                continue
+            rank = (l1 - l0, s1 - s0, s0, before)
+            if worst is None or rank < worst[0]:
+                cells = run.kinds.cells
+                ends = (Cell(before, cells[n0].path, l0, s0, cells[n0].nodes), Cell(after, cells[n1].path, l1, s1, ()))
+                worst = (rank, Edge(*ends))
+    return None if worst is None else worst[1]

@@ -1,0 +1,177 @@
+"""Deferred values, and how the operands of a group are gathered from them.
+
+A :class:`Box` stands for one value of one segment. It knows from which wave on it can be had (``ready``)
+and how to get it: it is there already, a cell will put it there, or it is computed on demand from other
+boxes (glue). Consumers hold boxes, boxes hold what they are computed from, nobody holds a segment: what
+nobody will read again is freed.
+
+A :class:`Row` is a value that lies as one row in the stacked result of a group. Rows that lie side by side
+are handed on without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+NOW = -1  # ready: known when it was recorded
+
+_NOBODY: frozenset[int] = frozenset()
+
+
+class Row:
+    """Row ``index`` of ``stacked``, whose first axis has ``width`` entries."""
+
+    __slots__ = ("index", "stacked", "width")
+
+    def __init__(self, stacked: torch.Tensor, index: int, width: int) -> None:
+        self.stacked, self.index, self.width = stacked, index, width
+
+
+class Box:
+    """A deferred value.
+
+    Attributes
+    ----------
+    ready
+        The wave after which it can be had; ``NOW`` if at once.
+    cells
+        Numbers of the cells (of this run) whose results it is made of directly.
+    parts
+        For a value made of pieces along one dimension: ``(dim, [(box, start, stop, unit), ...])``, a unit
+        piece lacking that dimension; else None.
+    """
+
+    __slots__ = ("_compute", "_value", "cells", "parts", "ready")
+
+    def __init__(
+        self,
+        value: Any = None,
+        ready: int = NOW,
+        compute: Callable[[], Any] | None = None,
+        cells: frozenset[int] = _NOBODY,
+    ) -> None:
+        self._value, self.ready, self._compute, self.cells = value, ready, compute, cells
+        self.parts: tuple[int, list[tuple[Box, int, int, bool]]] | None = None
+
+    def put(self, value: Any) -> None:
+        """What a cell does when it has run."""
+        self._value = value
+
+    @property
+    def value(self) -> Any:
+        """A tensor, a number or a :class:`Row`; computed if need be."""
+        if self._compute is not None:
+            compute, self._compute = self._compute, None
+            self._value = compute()
+        return self._value
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the value is there and depends on no cell."""
+        return self._compute is None and self.ready == NOW
+
+    def tensor(self) -> Any:
+        """The value by itself: a row becomes a view of its stack."""
+        value = self.value
+        if type(value) is Row:
+            return value.stacked.select(0, value.index)
+        if value is None:
+            raise AssertionError("a deferred value was read before its cell had run")
+        return value
+
+
+def derived(function: Callable[..., Any], *arguments: Any) -> Box:
+    """A box for ``function(*arguments)``, boxes among the arguments being read when it is computed."""
+    boxes = [argument for argument in arguments if isinstance(argument, Box)]
+
+    def compute() -> Any:
+        return function(*(a.tensor() if isinstance(a, Box) else a for a in arguments))
+
+    return Box(
+        ready=max((box.ready for box in boxes), default=NOW),
+        compute=compute,
+        cells=union(boxes),
+    )
+
+
+def union(boxes: Sequence[Box]) -> frozenset[int]:
+    """The cells behind several boxes."""
+    found = [box.cells for box in boxes if box.cells]
+    if len(found) < 2:
+        return found[0] if found else _NOBODY
+    return frozenset().union(*found)
+
+
+def aggregate(dim: int, parts: list[tuple[Box, int, int, bool]]) -> Box:
+    """A box for the pieces put together along ``dim``; readers of one piece need not wait for the rest."""
+
+    def compute() -> torch.Tensor:
+        pieces = []
+        for box, start, stop, unit in parts:
+            piece = box.tensor()
+            if unit:
+                piece = piece.unsqueeze(dim)
+            elif (start, stop) != (0, piece.shape[dim]):
+                piece = piece.narrow(dim, start, stop - start)
+            pieces.append(piece)
+        return torch.cat(pieces, dim)
+
+    boxes = [part[0] for part in parts]
+    box = Box(ready=max(b.ready for b in boxes), compute=compute, cells=union(boxes))
+    box.parts = (dim, parts)
+    return box
+
+
+def read(box: Box, dim: int, start: int, stop: int, drop: bool) -> Box | None:
+    """``box[start:stop]`` along ``dim`` (without that dimension if ``drop``), from one piece if one has it."""
+    if box.parts is None:
+        return _cut(box, dim, start, stop, drop)
+    along, parts = box.parts
+    offset = 0
+    for piece, low, high, unit in parts if along == dim else ():
+        if offset <= start and stop <= offset + high - low:
+            if unit:
+                return piece if drop else derived(torch.unsqueeze, piece, dim)
+            at = low + start - offset
+            found = read(piece, dim, at, at + stop - start, drop)
+            return _cut(piece, dim, at, at + stop - start, drop) if found is None else found
+        offset += high - low
+    return None
+
+
+def _cut(box: Box, dim: int, start: int, stop: int, drop: bool) -> Box:
+    if drop:
+        return derived(torch.select, box, dim, start)
+    return derived(torch.narrow, box, dim, start, stop - start)
+
+
+def gather(boxes: Sequence[Box]) -> torch.Tensor:
+    """The values of several cells with a leading group axis: a slice of one stack where they lie there."""
+    values = [box.value for box in boxes]
+    if all(type(value) is not Row for value in values):
+        return torch.stack(values)
+    parts: list[torch.Tensor] = []
+    start = 0
+    while start < len(values):
+        first = values[start]
+        if type(first) is not Row:
+            parts.append(first.unsqueeze(0))
+            start += 1
+            continue
+        stop = start + 1
+        while (
+            stop < len(values)
+            and type(values[stop]) is Row
+            and values[stop].stacked is first.stacked
+            and values[stop].index == first.index + stop - start
+        ):
+            stop += 1
+        if (first.index, stop - start) == (0, first.width):
+            parts.append(first.stacked)
+        else:
+            parts.append(first.stacked.narrow(0, first.index, stop - start))
+        start = stop
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
