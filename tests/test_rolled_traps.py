@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diagpass import DiagpassError, SegmentLoop
+from diagpass import DiagpassError, SegmentLoop, VerificationError
 from diagpass.loop import cut, join
 from tests.helpers import (
     assert_state_same,
@@ -1086,6 +1086,37 @@ def test_a_step_that_changes_after_the_capture_is_seen() -> None:
             assert_tree_same(fast(x), plain(x), RTOL, f"call {call}: ")
             assert_state_same(fast.original, plain, RTOL, f"call {call}: ")
     assert fast.report.ran == "wavefront" or any("segments_done" in text for text in texts), texts
+
+
+@pytest.mark.parametrize(
+    "name", ["int equal", "counter as data", "number of an item", "global int", "growing list"]
+)
+@pytest.mark.parametrize("verify", [False, True])
+def test_whole_loops_too(name: str, verify: bool) -> None:
+    """The same steps inside a loop that is the model's own: right, or refused, or found by `verify`."""
+
+    class WholeLoop(nn.Module):
+        def __init__(self, step: nn.Module) -> None:
+            super().__init__()
+            self.step = step
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.step(part) for part in x.split(T, dim=1)], dim=1)
+
+    plain = WholeLoop(TRAPS[name].build().step)
+    fast = fast_copy(plain, verify=verify)
+    inputs = [torch.randn(B, 7 * T, D, dtype=torch.float64) for _ in range(2)]
+    with torch.no_grad():
+        expected = [plain(x) for x in inputs]
+        reset_world()
+        try:
+            with collect_warnings():
+                got = [fast(x) for x in inputs]
+        except VerificationError:
+            assert verify
+            return
+    assert_tree_same(got, expected, RTOL, "outputs")
+    assert_state_same(fast.original, plain, RTOL)
 
 
 def test_a_ragged_tail_may_take_another_way() -> None:
