@@ -78,11 +78,11 @@ def check_report(report: diagpass.Report, name: str, segments: int) -> None:
     """The figures are what the entry says by hand."""
     expect = models.expect(name)
     assert expect.ran is None or report.ran == expect.ran, f"ran {report.ran}: {report.notes}"
-    if report.ran != "wavefront":
+    if report.ran != "wavefront" or expect.layers is None:
         return
     assert (report.segments, report.layers) == (segments, expect.layers), str(report)
     assert report.cells == segments * expect.layers and report.waves in expect.waves(segments), str(report)
-    if expect.batched is not None and segments > 1:
+    if expect.batched is not None and segments > 4:  # the first segments may have kinds of their own
         assert (report.batched_cells > 0) == expect.batched, str(report)
 
 
