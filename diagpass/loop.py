@@ -25,7 +25,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 from diagpass.errors import DiagpassError, OptionError
 
@@ -136,14 +143,13 @@ class SegmentLoop(nn.Module):
         """
         self.check_state(state)
         segments = cut(inputs, self.segment_size, self.dim)
-        run = steps(self, segments, state, kwargs)
+        _start(self)
         outputs: list[Any] = []
-        while True:
-            try:
-                outputs.append(next(run))
-            except StopIteration as end:
-                joined = join(outputs, self.dim)
-                return (joined, end.value) if self.carries_state else joined
+        for segment in segments:
+            output, state = one_step(self, segment, state, kwargs, outputs[-1:])
+            outputs.append(output)
+        joined = join(outputs, self.dim)
+        return (joined, state) if self.carries_state else joined
 
     def stream(
         self, segments: Iterable[Any], state: Any = None, *, progress: bool = False, **kwargs: Any
@@ -331,26 +337,60 @@ def steps(
         Another call of the loop came between and the step keeps one state; the step did not return
         ``(y, state)`` although it should; the step wrote to an output that it had returned before.
     """
-    loop.reset_step()
-    loop._runs += 1
-    run = loop._runs
-    last: Any = None
-    versions: list[int | None] = []
+    run = _start(loop)
+    last: list[Any] = []
     for at, segment in enumerate(segments):
         if loop._runs != run and not loop.carries_state:
             raise DiagpassError(
                 f"another call of the loop came before segment {at} of this stream, and its step "
                 f"{type(loop.step).__name__} keeps one state; finish one stream before the next call"
             )
-        if loop.carries_state:
-            output, state = split_result(loop.step(segment, state, **kwargs), loop.step)
-        else:
-            output = loop.step(segment, **kwargs)
-        _check_untouched(last, versions, at)
-        last = own(output)
-        versions = _versions(last)
-        yield last
-    return state if loop.carries_state else None
+        output, state = one_step(loop, segment, state, kwargs, last)
+        last = [output]
+        yield output
+    return state
+
+
+def _start(loop: SegmentLoop) -> int:
+    """Reset the step; the number of this run of the loop."""
+    loop.reset_step()
+    if not torch.compiler.is_compiling():  # a number that changes would be a recompile per call
+        loop._runs += 1
+    return loop._runs
+
+
+def one_step(
+    loop: SegmentLoop, segment: Any, state: Any, kwargs: Mapping[str, Any], last: Sequence[Any] = ()
+) -> tuple[Any, Any]:
+    """Call the step once.
+
+    Parameters
+    ----------
+    loop
+        Whose step is called.
+    segment, state, kwargs
+        What it is given; the state only with ``carries_state``.
+    last
+        The output of the segment before, if there was one: it must not be written to.
+
+    Returns
+    -------
+    tuple
+        The output, as :func:`own` keeps it, and the new state (None without ``carries_state``).
+
+    Raises
+    ------
+    DiagpassError
+        The step did not return ``(y, state)`` although it should, or it wrote to ``last``.
+    """
+    before = _versions(last)
+    if loop.carries_state:
+        output, state = split_result(loop.step(segment, state, **kwargs), loop.step)
+    else:
+        output = loop.step(segment, **kwargs)
+    if _versions(last) != before:
+        _refuse_write(last[0], before)
+    return own(output), state
 
 
 def split_result(result: Any, step: nn.Module) -> tuple[Any, Any]:
@@ -373,8 +413,8 @@ def own(output: Any) -> Any:
     """The output of one segment, safe from later steps.
 
     A step may return a buffer that it writes to in place, and would then overwrite at the next segment
-    what it returned for this one. So a tensor that was ever written in place is copied; so is one made
-    under ``torch.inference_mode``, where PyTorch does not say.
+    what it returned for this one. So a tensor that was ever written in place is copied. So is every
+    tensor where PyTorch does not say: under ``torch.inference_mode``, and while Dynamo traces.
     """
     return tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and _written(leaf) else leaf, output
@@ -382,25 +422,26 @@ def own(output: Any) -> Any:
 
 
 def _written(tensor: Tensor) -> bool:
-    return tensor.is_inference() or tensor._version > 0
+    return torch.compiler.is_compiling() or tensor.is_inference() or tensor._version > 0
 
 
-def _versions(output: Any) -> list[int | None]:
-    leaves, _ = tree_flatten(output)
+def _versions(tree: Any) -> list[int | None]:
+    """How often each tensor was written in place, None where PyTorch does not say."""
+    if torch.compiler.is_compiling():
+        return []
     return [
-        leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None for leaf in leaves
+        leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None
+        for leaf in tree_leaves(tree)
     ]
 
 
-def _check_untouched(output: Any, versions: list[int | None], at: int) -> None:
-    """No step writes to what an earlier one returned (``own`` cannot foresee a first write)."""
-    if _versions(output) == versions or not versions:
-        return
-    found = zip(leaves_of(output), versions, _versions(output), strict=True)
-    changed = [f"output{path}" for (path, _), before, after in found if before != after]
+def _refuse_write(output: Any, before: list[int | None]) -> None:
+    """The step wrote to what it had returned before (:func:`own` cannot foresee a first write)."""
+    found = zip(leaves_of(output), before, _versions(output), strict=True)
+    path = next(path for (path, _), old, new in found if old != new)
     raise DiagpassError(
-        f"while segment {at} ran, {changed[0]} of segment {at - 1} was written in place; "
-        "outputs are kept until the end: let the step return a clone"
+        f"the step wrote in place to output{path}, which it had returned for the segment before; "
+        "outputs are kept until the end: let it return a clone"
     )
 
 
@@ -427,31 +468,32 @@ def cut(inputs: Any, segment_size: int, dim: int) -> list[Any]:
         There is no tensor, something is neither tensor nor None, a tensor has no dimension ``dim``, the
         lengths differ, or they are zero. The message names the input.
     """
-    _, spec = tree_flatten(inputs)
-    named = leaves_of(inputs)
-    lengths: dict[str, int] = {}
-    for path, leaf in named:
-        name = f"input{path}"
+    leaves, spec = tree_flatten(inputs)
+    lengths = []
+    for at, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            lengths[name] = _length(leaf, dim, name)
+            _check_dim(leaf, dim, "input", inputs, at)
+            lengths.append(leaf.shape[dim])
         elif leaf is not None:
             raise DiagpassError(
-                f"{name} is a {type(leaf).__name__}, and inputs are tensors to be cut: "
-                "pass other things by keyword"
+                f"{_name('input', inputs, at)} is a {type(leaf).__name__}, and inputs are tensors to be "
+                "cut: pass other things by keyword"
             )
     if not lengths:
         raise DiagpassError("there is no tensor among the inputs, so nothing to cut into segments")
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+    total = lengths[0]
+    if any(length != total for length in lengths):
+        told = ", ".join(
+            f"input{path} has {leaf.shape[dim]}" for path, leaf in leaves_of(inputs) if leaf is not None
+        )
         raise DiagpassError(f"inputs are cut alike and must have one length along dim {dim}: {told}")
-    total = next(iter(lengths.values()))
     if total == 0:
         raise DiagpassError(f"the input has length 0 along dim {dim}: there is no segment to run")
     segments = []
     for start in range(0, total, segment_size):
         length = min(segment_size, total - start)
-        leaves = [leaf if leaf is None else leaf.narrow(dim, start, length) for _, leaf in named]
-        segments.append(tree_unflatten(leaves, spec))
+        part = [leaf if leaf is None else leaf.narrow(dim, start, length) for leaf in leaves]
+        segments.append(tree_unflatten(part, spec))
     return segments
 
 
@@ -479,7 +521,6 @@ def join(outputs: Sequence[Any], dim: int) -> Any:
     if not outputs:
         raise DiagpassError("there is no segment, so no output to join")
     _, spec = tree_flatten(outputs[0])
-    paths = [f"output{path}" for path, _ in leaves_of(outputs[0])]
     rows = []
     for at, output in enumerate(outputs):
         leaves, found = tree_flatten(output)
@@ -490,30 +531,37 @@ def join(outputs: Sequence[Any], dim: int) -> Any:
             )
         rows.append(leaves)
     joined = [
-        _join_leaf(name, leaves, dim) for name, leaves in zip(paths, zip(*rows, strict=True), strict=True)
+        _join_leaf(list(leaves), dim, outputs[0], at) for at, leaves in enumerate(zip(*rows, strict=True))
     ]
     return tree_unflatten(joined, spec)
 
 
-def _join_leaf(name: str, leaves: Sequence[Any], dim: int) -> Any:
+def _join_leaf(leaves: list[Any], dim: int, tree: Any, place: int) -> Any:
+    """Join one leaf over the segments; ``place`` is its number in ``tree``, for messages."""
     first = leaves[0]
     if isinstance(first, Tensor) and all(isinstance(leaf, Tensor) for leaf in leaves):
         for leaf in leaves:
-            _length(leaf, dim, name)
-        try:
-            return torch.cat(list(leaves), dim)
-        except RuntimeError as error:
-            shapes = ", ".join(dict.fromkeys(str(tuple(leaf.shape)) for leaf in leaves))
-            raise DiagpassError(
-                f"{name} cannot be joined along dim {dim}, its segments have the shapes {shapes}: {error}"
-            ) from error
+            _check_dim(leaf, dim, "output", tree, place)
+        _check_shapes(leaves, dim, tree, place)
+        return torch.cat(leaves, dim)
     for at, leaf in enumerate(leaves):
         if not _same(first, leaf):
             raise DiagpassError(
-                f"{name} is {_say(first)} for segment 0 and {_say(leaf)} for segment {at}; "
-                "only tensors can be joined, anything else must be the same for all segments"
+                f"{_name('output', tree, place)} is {_say(first)} for segment 0 and {_say(leaf)} for segment "
+                f"{at}; only tensors can be joined, anything else must be the same for all segments"
             )
     return first
+
+
+def _check_shapes(leaves: Sequence[Tensor], dim: int, tree: Any, place: int) -> None:
+    shapes = [tuple(leaf.shape) for leaf in leaves]
+    at = dim % leaves[0].ndim
+    if any(shape[:at] + shape[at + 1 :] != shapes[0][:at] + shapes[0][at + 1 :] for shape in shapes):
+        told = ", ".join(dict.fromkeys(map(str, shapes)))
+        raise DiagpassError(
+            f"{_name('output', tree, place)} cannot be joined along dim {dim}: its segments have the "
+            f"shapes {told}"
+        )
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -532,12 +580,16 @@ def _say(leaf: Any) -> str:
     return f"a tensor {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
-def _length(tensor: Tensor, dim: int, name: str) -> int:
+def _check_dim(tensor: Tensor, dim: int, what: str, tree: Any, place: int) -> None:
     if not -tensor.ndim <= dim < tensor.ndim:
         raise DiagpassError(
-            f"{name} has the shape {tuple(tensor.shape)} and no dimension {dim} along which segments lie"
+            f"{_name(what, tree, place)} has the shape {tuple(tensor.shape)} and no dimension {dim} along "
+            "which segments lie"
         )
-    return tensor.shape[dim]
+
+
+def _name(what: str, tree: Any, place: int) -> str:
+    return what + leaves_of(tree)[place][0]
 
 
 def leaves_of(tree: Any) -> list[tuple[str, Any]]:

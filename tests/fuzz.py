@@ -1,7 +1,8 @@
 """`python -m tests.fuzz`: draw models from the full ranges until the time is up.
 
-The environment variable DIAGPASS_FUZZ_SECONDS says for how long (60), DIAGPASS_FUZZ_SEED with which
-seed (a fresh one); both are printed, and at the end the number of examples that passed.
+Batches of whole-loop models and of steps for the rolled program take turns. The environment variable
+DIAGPASS_FUZZ_SECONDS says for how long (60), DIAGPASS_FUZZ_SEED with which seed (a fresh one); both are
+printed, and at the end the number of examples that passed. DIAGPASS_FUZZ_ONLY is "loops" or "steps".
 """
 
 from __future__ import annotations
@@ -11,30 +12,42 @@ import random
 import sys
 import time
 from collections import Counter
+from typing import Any
 
 import torch
 from hypothesis import given, seed
 
-from tests.strategies import Spec, specs
-from tests.test_fuzz import check, fuzz_settings
+from tests import test_fuzz, test_rolled_fuzz
+from tests.rolled_strategies import rolled_specs
+from tests.strategies import specs
+from tests.test_fuzz import fuzz_settings
+
+#: what is drawn, and what is checked of it
+WHAT: dict[str, tuple[Any, Any]] = {
+    "loops": (specs, test_fuzz.check),
+    "steps": (rolled_specs, test_rolled_fuzz.check),
+}
 
 
 def main() -> int:
     """Run batches of examples; return the exit status."""
     seconds = float(os.environ.get("DIAGPASS_FUZZ_SECONDS", "60"))
     start = int(os.environ.get("DIAGPASS_FUZZ_SEED", random.SystemRandom().randrange(10**9)))
-    print(f"fuzzing for {seconds:g} s, DIAGPASS_FUZZ_SEED={start}", flush=True)
+    only = os.environ.get("DIAGPASS_FUZZ_ONLY")
+    names = [only] if only else list(WHAT)
+    print(f"fuzzing {' and '.join(names)} for {seconds:g} s, DIAGPASS_FUZZ_SEED={start}", flush=True)
     torch.set_num_threads(1)
     end = time.monotonic() + seconds
     done: Counter[str] = Counter()
     cells = 0
     batch = 0
     while time.monotonic() < end:
+        draw, check = WHAT[names[batch % len(names)]]
 
         @seed(start + batch)
         @fuzz_settings(10)
-        @given(specs())
-        def run(spec: Spec) -> None:
+        @given(draw())
+        def run(spec: Any, check: Any = check) -> None:
             nonlocal cells
             if time.monotonic() >= end and done:
                 return

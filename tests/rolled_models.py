@@ -38,12 +38,13 @@ def diagonal(segments: int) -> tuple[int, ...]:
 class Expect:
     """What is known by hand about an entry."""
 
-    layers: int = L
+    #: None: nothing is claimed about cells and waves
+    layers: int | None = L
     #: number of segments -> every defensible number of waves, the longest path first
     waves: Callable[[int], tuple[int, ...]] = diagonal
     #: what must run when the wavefront is forced; None where refusing is as good as running it
     ran: str | None = "wavefront"
-    #: must cells run in groups of two or more (False: cannot, None: no claim)
+    #: must cells of a longer input run in groups of two or more (False: cannot, None: no claim)
     batched: bool | None = True
     #: float32 inside a float64 model: batched results agree to float32's rounding only
     float32_inside: bool = False
@@ -707,7 +708,7 @@ def _skips() -> SegmentLoop:
     return carries(SkipStep())
 
 
-@rolled("one_layer", waves=lambda s: (s,), layers=1, ran=None, batched=False)
+@rolled("one_layer", layers=None, ran=None, batched=False)
 def _one_layer() -> SegmentLoop:
     """A single layer: nothing is repeated, and there is no width."""
     return keeps(Step([_copying()]))

@@ -21,6 +21,7 @@ import diagpass
 import diagpass.loop as loop_module
 from diagpass import DiagpassError, OptionError, SegmentLoop, SegmentStream
 from diagpass.loop import cut, join
+from tests.helpers import assert_tree_same
 
 B, T, D = 2, 3, 4
 
@@ -338,8 +339,32 @@ class LateWrite(nn.Module):
 
 
 def test_a_write_to_an_earlier_output_is_refused() -> None:
-    with pytest.raises(DiagpassError, match=r"while segment 1 ran, output\['y'\] of segment 0 was written"):
+    with pytest.raises(DiagpassError, match=r"wrote in place to output\['y'\], which it had returned"):
         SegmentLoop(LateWrite(), T)(numbers(3 * T))
+
+
+def test_the_consumer_may_write_to_an_output() -> None:
+    x = numbers(3 * T)
+    expected = list(SegmentLoop(step := Kept(), T, reset="clear").stream(x.split(T, 1)))
+    with torch.no_grad():
+        for y, wanted in zip(
+            SegmentLoop(step, T, reset="clear").stream(x.split(T, 1)), expected, strict=True
+        ):
+            assert torch.equal(y, wanted)
+            y.zero_()
+
+
+def test_dynamo_traces_the_loop_as_one_graph() -> None:
+    x = numbers(3 * T + 1)
+    for make, kwargs in ((InPlace, {}), (Kept, {"reset": "clear"}), (Carried, {"carries_state": True})):
+        step = make()
+        loop = SegmentLoop(step, T, **kwargs)
+        compiled = torch.compile(
+            SegmentLoop(copy.deepcopy(step), T, **kwargs), backend="eager", fullgraph=True
+        )
+        with torch.no_grad():
+            for _ in range(3):
+                assert_tree_same(compiled(x), loop(x), 0.0, make.__name__)
 
 
 # ------------------------------------------------------------------------------------- streams

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import diagpass
 from diagpass import DiagpassError, SegmentLoop
 from diagpass.loop import cut, join
+from examples import armt
 from tests import rolled_models as models
 from tests.helpers import (
     assert_closer,
@@ -77,11 +78,11 @@ def check_report(report: diagpass.Report, name: str, segments: int) -> None:
     """The figures are what the entry says by hand."""
     expect = models.expect(name)
     assert expect.ran is None or report.ran == expect.ran, f"ran {report.ran}: {report.notes}"
-    if report.ran != "wavefront":
+    if report.ran != "wavefront" or expect.layers is None:
         return
     assert (report.segments, report.layers) == (segments, expect.layers), str(report)
     assert report.cells == segments * expect.layers and report.waves in expect.waves(segments), str(report)
-    if expect.batched is not None and segments >= expect.layers:  # earlier waves may mix kinds
+    if expect.batched is not None and segments > 4:  # the first segments may have kinds of their own
         assert (report.batched_cells > 0) == expect.batched, str(report)
 
 
@@ -207,6 +208,49 @@ def test_a_width_cap_is_kept() -> None:
     pair = Pair(models.build("gru"), 1e-10, max_width=2)
     report = pair.call(models.inputs("gru", 8 * T))
     assert report.max_width == 2 and report.batched_cells > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gru", "buffer"])
+def test_inductor(name: str) -> None:
+    """Compiled, it is right over several lengths, too, and they share what was captured."""
+    pair = Pair(models.build(name), 1e-10, compiler="inductor")
+    captures = []
+    for segments in (5, 9, 6):
+        report = pair.call(models.inputs(name, segments * T), where=f"S={segments}:")
+        assert report.ran == "wavefront" and report.batched_cells > 0
+        captures.append(report.captures)
+    assert captures[0] == captures[1] == captures[2], captures
+    pair.check_kept()
+
+
+# --------------------------------------------------------------------------- prefill, then generation
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_generation_goes_on_from_the_prompt(base: str, batch: int) -> None:
+    """40 segments by wavefront, then 64 tokens by Hugging Face's greedy search: those of the plain model."""
+    torch.manual_seed(batch)
+    lm = armt.causal_lm(base, layers=L, d_model=16, heads=2, vocab=97, positions=100)
+    cell = armt.wrap(lm, segment_size=8, num_mem_tokens=2, d_mem=4).memory_cell.eval()
+    for (
+        layer
+    ) in cell.layers:  # so large that the prompt matters to the tokens, so small that rounding does not
+        nn.init.normal_(layer.W_mv.weight, std={"llama": 0.02, "gpt2": 0.2}[base])
+    plain = SegmentLoop(cell, 8, reset="zero_mem")
+    fast = fast_copy(plain)
+    prompt, question = torch.randint(97, (batch, 40 * 8)), torch.randint(97, (batch, 8))
+    tokens = []
+    for loop in (plain, fast):
+        with torch.no_grad():
+            loop(prompt)
+            tokens.append(loop.step.generate(question, max_new_tokens=64, do_sample=False, eos_token_id=None))
+    assert tokens[0].shape == (batch, 64) and torch.equal(tokens[1], tokens[0])
+    assert fast.report.ran == "wavefront" and fast.report.cells == 40 * L
+    assert_state_same(fast.original, plain, 1e-3)
+    with torch.no_grad():
+        assert_tree_same(fast(prompt), plain(prompt), 1e-3, "the next prompt")
 
 
 # ----------------------------------------------------------- acceptance: constant memory, cheap plans
@@ -699,6 +743,33 @@ def test_an_error_in_the_step_leaves_the_state_as_it_was(captured: bool) -> None
         assert_state_same(fast.original, plain, 1e-10, "the next call")
 
 
+def test_an_error_in_the_step_of_a_stream_leaves_no_half_written_state() -> None:
+    """The state is refused from then on, or it is a whole one: as before the stream or after a segment."""
+    torch.manual_seed(0)
+    loop = models.keeps(BoundedStep().double().eval(), reset=None)
+    plain, fast = copy.deepcopy(loop), fast_copy(loop)
+    x, first = models.ids(8 * T), models.ids(8 * T)
+    bad = x.clone()
+    bad[0, 5 * T + 1] = 1000
+    with torch.no_grad():
+        fast(first), plain(first)
+        right = []
+        for done in range(6):
+            whole = copy.deepcopy(plain)
+            if done:
+                whole(bad[:, : done * T])
+            right.append(whole(x))
+        with pytest.raises(IndexError):
+            list(fast.stream(bad.split(T, 1)))
+        try:
+            got = fast(x)
+        except DiagpassError as error:
+            assert "stream" in str(error)
+            fast.reset = loop.reset = "reset"
+            got, right = fast(x), [loop(x)]
+        assert any(torch.allclose(got, y, rtol=1e-10, atol=1e-12) for y in right)
+
+
 @pytest.mark.parametrize("name", ["gru", "first_flag", "stacked"])
 def test_gradients_enabled(name: str) -> None:
     """Outputs, `requires_grad` and gradients are the sequential loop's."""
@@ -755,7 +826,8 @@ def test_example_inputs_capture_and_leave_the_state_alone() -> None:
     plain = copy.deepcopy(loop)
     before = snapshot(loop)
     x = models.inputs("mamba", 6 * T)
-    fast = diagpass.transform(loop, (x,), options={"compiler": "eager", "schedule": "wavefront"})
+    with torch.no_grad():  # as the call below: another mode would be another plan
+        fast = diagpass.transform(loop, (x,), options={"compiler": "eager", "schedule": "wavefront"})
     assert_state_same(loop, before, 0.0, "after the capture")
     captures = fast.report.captures
     assert captures > 0
