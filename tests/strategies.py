@@ -239,11 +239,16 @@ def specs(
     states: tuple[str, ...] = STATES,
 ) -> Spec:
     """Draw a `Spec`; `max_cells` bounds layers times segments, the ragged tail included."""
-    num_layers = draw(st.integers(1, max_layers), label="layers")
-    tail = draw(st.sampled_from([0, 0, 1, 2]), label="tail")
-    limit = max_segments if max_cells is None else min(max_segments, max_cells // num_layers)
-    tail = tail if limit > 1 else 0
-    segments = draw(st.integers(1, limit - (tail > 0)), label="segments")
+    shapes = [
+        (layers, segments)
+        for layers in range(1, max_layers + 1)
+        for segments in range(1, max_segments + 1)
+        if max_cells is None or layers * segments <= max_cells
+    ]
+    wide = [shape for shape in shapes if min(shape) > 1]  # three times as likely: these have waves
+    num_layers, num_segments = draw(st.sampled_from([*shapes, *wide, *wide]), label="shape")
+    tail = draw(st.sampled_from([0, 0, 1, 2]), label="tail") if num_segments > 1 else 0
+    segments = num_segments - (tail > 0)
     types = draw(st.lists(st.sampled_from(BODIES), min_size=1, max_size=3, unique=True))
     layers = tuple(draw(st.sampled_from(types)) for _ in range(num_layers))
     pairs = [(t, s) for t in range(num_layers) for s in range(t)]

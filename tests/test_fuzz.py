@@ -1,11 +1,14 @@
 """hypothesis draws whole models; float64 results are equal and no group holds dependent cells.
 
-154 examples of up to 12 cells, the same in every run. `make fuzz` draws the full ranges with a
+154 different models of up to 12 cells, the same in every run (hypothesis likes to repeat itself with small
+changes, so a model that has passed is not counted again). `make fuzz` draws the full ranges with a
 fresh seed for as long as it is given (`tests/fuzz.py`). A failure prints a `Spec(...)`:
 `check(Spec(...))` runs it again.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import networkx as nx
 import pytest
@@ -23,7 +26,7 @@ def check(spec: Spec) -> None:
     # one repeated layer and one segment, or a module that is called once: nothing repeats, no cells
     trivial = len(set(map(id, model.layers))) < 2
     report = assert_same(model, inputs, ran=None if trivial else "wavefront")
-    if spec.seed == 0:  # tracing is what takes the time
+    if spec.seed == 3:  # tracing is what takes the time
         assert_bitwise(model, inputs, ran=None, calls=1)
     if report.ran != "wavefront":
         return
@@ -55,10 +58,16 @@ def fuzz_settings(examples: int) -> settings:
 
 @pytest.mark.parametrize("state", STATES)
 def test_random_models(state: str) -> None:
+    passed: set[Spec] = set()
+
     @seed(STATES.index(state))
-    @fuzz_settings(EXAMPLES)
+    @fuzz_settings(20 * EXAMPLES)
     @given(specs(max_cells=12, states=(state,)))
     def run(spec: Spec) -> None:
-        check(spec)
+        plain = dataclasses.replace(spec, seed=0)  # the same model with other weights shows nothing new
+        if len(passed) < EXAMPLES and plain not in passed:
+            check(spec)
+            passed.add(plain)
 
     run()
+    assert len(passed) == EXAMPLES
