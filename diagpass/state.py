@@ -6,6 +6,7 @@ verification): the model is afterwards as if that run had not happened.
 
 from __future__ import annotations
 
+import random
 import types
 from collections import deque
 from collections.abc import Iterator
@@ -38,11 +39,16 @@ class Snapshot:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor, int, bool]] = []
         self._seen: set[int] = set()
+        self._python = random.getstate() if values else None
         self._cpu = torch.get_rng_state() if values else None
         initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
         self._cuda = torch.cuda.get_rng_state_all() if initialised and values else None
         for root in roots:
             self._take(root)
+
+    def holds(self, number: int) -> bool:
+        """Whether the object with this ``id`` is one that :meth:`restore` puts back."""
+        return number in self._seen
 
     def restore(self, keep_setup: bool = False) -> None:
         """Put everything back, in place.
@@ -81,6 +87,8 @@ class Snapshot:
                     tensor.copy_(value)
         if self._cpu is not None:
             torch.set_rng_state(self._cpu)
+        if self._python is not None:
+            random.setstate(self._python)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
 

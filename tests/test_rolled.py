@@ -270,7 +270,7 @@ def live_tensors() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gru", "buffer"])
 def test_ten_thousand_segments_in_constant_memory(name: str) -> None:
-    """From segment 1,000 on nothing grows: tensors, Python memory (over 2,000 segments), resident memory."""
+    """From segment 1,000 on nothing grows: tensors, Python memory (over 5,000 segments), resident memory."""
     fast = fast_copy(models.build(name))
     segment = models.inputs(name, T)
 
@@ -283,19 +283,19 @@ def test_ten_thousand_segments_in_constant_memory(name: str) -> None:
     with torch.no_grad():
         for done, y in enumerate(fast.stream(source()), 1):
             total = total + y.sum()
-            if done == 4_000:
+            if done == 1_000:  # early: what was made before is not seen to go
                 tracemalloc.start()
             if done in (1_000, 9_990):
                 tensors[done], resident[done] = live_tensors(), rss()
-            if done in (4_500, 6_000):
+            if done in (4_500, 9_500):
                 gc.collect()
                 traced[done] = tracemalloc.get_traced_memory()[0]
-            if done == 6_000:
+            if done == 9_500:
                 tracemalloc.stop()
     seconds = time.monotonic() - start
     assert done == 10_000 and total.isfinite()
     assert tensors[9_990] <= tensors[1_000] + 2, tensors
-    assert traced[6_000] - traced[4_500] < 30_000, f"{traced} bytes: more than 20 a segment"
+    assert traced[9_500] - traced[4_500] < 30_000, f"{traced} bytes: more than 6 a segment"
     assert resident[9_990] < 1.01 * resident[1_000], resident
     assert seconds < 180, f"{seconds:.0f} s"
 

@@ -320,10 +320,22 @@ class PureCounters(Layer):
     """Nothing reads them: they cost nothing."""
 
     def setup(self) -> None:
-        self.segments_done, self.elapsed = 0, 0.0
+        self.segments_done, self.calls = 0, 7
 
     def change(self, h: Tensor) -> Tensor:
         self.segments_done += 1
+        self.calls += 2
+        return h
+
+
+@trap("pure counter that is a float", r"\belapsed\b")
+class FloatCounter(Layer):
+    """Dynamo takes a float for a constant of the capture, read or not: refused by name."""
+
+    def setup(self) -> None:
+        self.elapsed = 0.0
+
+    def change(self, h: Tensor) -> Tensor:
         self.elapsed += 0.25
         return h
 

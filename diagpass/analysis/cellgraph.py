@@ -44,9 +44,11 @@ def find_cells(
     CellGraph or None
         None if no module is repeated (or no path matches).
     """
+    if one_segment:
+        return _find_in_copies(gm, globs)
     best: tuple[int, CellGraph] | None = None
     for proposal in filter(None, propose(gm.graph, globs)):
-        cost, found = _better(gm, proposal, _steady_operations if one_segment else _operations)
+        cost, found, _ = _better(gm, proposal, _operations)
         first = found.cells[0].path
         log.debug("cells %s...: %d cells, %d operations", first, len(found.cells), cost)
         if best is None or cost < best[0] * DEEPER_PAYS:
@@ -54,17 +56,34 @@ def find_cells(
     return None if best is None else best[1]
 
 
+def _find_in_copies(gm: fx.GraphModule, globs: Sequence[str] | None) -> CellGraph | None:
+    """Try the proposals on copies of the graph and cut the graph itself by the best.
+
+    Cutting moves and merges glue. What one proposal takes for glue may lie in another's cells.
+    """
+    best: tuple[int, Proposal, bool] | None = None
+    for proposal in filter(None, propose(gm.graph, globs)):
+        graph = fx.Graph()
+        image: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(gm.graph, image))
+        copied = {image[node]: call for node, call in proposal.items() if node in image}
+        cost, _, absorb = _better(fx.GraphModule(gm, graph), copied, _steady_operations)
+        if best is None or cost < best[0] * DEEPER_PAYS:
+            best = (cost, proposal, absorb)
+    return None if best is None else _build(gm, *assign(gm.graph, best[1], absorb=best[2]))
+
+
 def _better(
     gm: fx.GraphModule, proposal: Proposal, operations: Callable[[CellGraph], int]
-) -> tuple[int, CellGraph]:
+) -> tuple[int, CellGraph, bool]:
     """The proposal with or without the glue between its cells, whichever needs fewer operations."""
     with_glue = _build(gm, *assign(gm.graph, proposal))
     cost = operations(with_glue)
     if not any(node not in proposal for node in with_glue.owner):
-        return cost, with_glue
+        return cost, with_glue, True
     without = _build(gm, *assign(gm.graph, proposal, absorb=False))
     other = operations(without)
-    return (cost, with_glue) if cost <= other else (other, without)
+    return (cost, with_glue, True) if cost <= other else (other, without, False)
 
 
 def _build(gm: fx.GraphModule, owner: dict[fx.Node, int], calls: list[Call]) -> CellGraph:

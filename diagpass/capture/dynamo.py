@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,24 +21,36 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of 8
 
 
-def settings(symbols: Collection[str] = ()) -> contextlib.AbstractContextManager:
-    """The configuration for capturing and running; ``symbols`` are sources to keep symbolic."""
-    stack = contextlib.ExitStack()
+_free = threading.local()  # patches that nobody is in at present, by the symbols that they are for
+
+
+@contextlib.contextmanager
+def settings(symbols: Collection[str] = ()) -> Iterator[None]:
+    """The configuration for capturing and running; ``symbols`` are sources to keep symbolic.
+
+    A patch of torch's configuration leaves a context variable behind for good, so patches are used again.
+    """
+    pattern = ",".join(f"{re.escape(name)}$" for name in sorted(symbols))
+    free = _free.__dict__.setdefault(pattern, [])
+    patches = free.pop() if free else _patches(pattern)
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+    free.append(patches)
+
+
+def _patches(pattern: str) -> list[contextlib.AbstractContextManager]:
     config: Any = torch._dynamo.config
-    stack.enter_context(
-        config.patch(
-            allow_unspec_int_on_nn_module=True,
-            allow_rnn=True,
-            skip_nnmodule_hook_guards=False,
-            recompile_limit=MANY,
-            accumulated_recompile_limit=MANY,
-        )
+    compiler_config: Any = torch.compiler.config
+    common = config.patch(
+        allow_unspec_int_on_nn_module=True,
+        allow_rnn=True,
+        skip_nnmodule_hook_guards=False,
+        recompile_limit=MANY,
+        accumulated_recompile_limit=MANY,
     )
-    if symbols:
-        pattern = ",".join(f"{re.escape(name)}$" for name in sorted(symbols))
-        compiler_config: Any = torch.compiler.config
-        stack.enter_context(compiler_config.patch(dynamic_sources=pattern))
-    return stack
+    return [common, compiler_config.patch(dynamic_sources=pattern)] if pattern else [common]
 
 
 def source_name(source: Any) -> str:
@@ -91,6 +104,57 @@ def bounded_deque() -> str | None:
     return None
 
 
+def iterator() -> str | None:
+    """A name for an iterator that outlives the captured frame, or None: capturing one advances it.
+
+    Only meaningful inside a backend call.
+    """
+    return _existing(lambda effects, variable, item: hasattr(type(item), "__next__"))
+
+
+def outside_write(holds: Callable[[int], bool]) -> str | None:
+    """A name for a Python object that the captured frame changes and ``holds`` (an id) says no to, or None.
+
+    Attributes that are set and set back do not count. Only meaningful inside a backend call.
+    """
+
+    def found(effects: Any, variable: Any, item: Any) -> bool:
+        if isinstance(item, torch.Tensor) or not effects.is_modified(variable) or holds(id(item)):
+            return False
+        attributes = effects.store_attr_mutations.get(variable)
+        return not attributes or any(_differs(item, name, value) for name, value in attributes.items())
+
+    return _existing(found)
+
+
+def _differs(item: Any, name: str, value: Any) -> bool:
+    """Whether an attribute would have another value than it has."""
+    if not value.is_python_constant():
+        return True
+    before, after = getattr(item, name, _differs), value.as_python_constant()
+    return type(before) is not type(after) or before != after
+
+
+def _existing(found: Callable[[Any, Any, Any], bool]) -> str | None:
+    """The name of the first object from before the frame for which ``found`` says yes."""
+    try:
+        effects = InstructionTranslator.current_tx().output.side_effects
+    except (AttributeError, LookupError):
+        return None
+    objects = {id(item): item for item in effects.keepalive}
+    for number, variable in effects.id_to_variable.items():
+        if number not in objects or variable.source is None:
+            continue
+        try:
+            name = source_name(variable.source)
+        except NotImplementedError:  # made inside the frame
+            continue
+        if found(effects, variable, objects[number]):
+            attributes = effects.store_attr_mutations.get(variable, ())
+            return ", ".join(f"{name}.{attribute}" for attribute in attributes) or name
+    return None
+
+
 def graph_break() -> tuple[str, str] | None:
     """The reason and ``file:line`` if the graph being compiled ends at a graph break, else None.
 
@@ -130,6 +194,13 @@ def changed(error: BaseException) -> str:
     """What differed between two captures, from Dynamo's complaint about a recompilation."""
     reasons = re.findall(r"^\s*-?\s*\d+/\d+: (.*)$", str(error), re.MULTILINE)
     return reasons[0].strip() if reasons else first_sentences(str(error))
+
+
+def in_library(error: BaseException | None) -> bool:
+    """Whether the line that Dynamo stopped at is an installed library's, and not torch's or the user's own."""
+    lines = re.findall(r'File "([^"]+)", line \d+', str(error))
+    own = [file for file in lines if "/torch/" not in file and "diagpass" not in file]
+    return bool(own) and ("site-packages" in own[-1] or "dist-packages" in own[-1])
 
 
 def first_sentences(text: str) -> str:

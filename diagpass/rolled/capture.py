@@ -93,9 +93,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str]
         raise CaptureError("the step has no tensor operation")
     placeholders = graph.graph.find_nodes(op="placeholder")
     if metadata is None or len(placeholders) != len(inputs):
-        raise CaptureError(
-            "inputs of the step share memory and one of them is written in place; keep such state apart"
-        )
+        names = ", ".join(_sharing(gm, inputs)) or "inputs of the step"
+        raise CaptureError(f"{names} share memory and are written in place; keep such state apart")
     written = tuple(metadata.mutated_inp_runtime_indices)
     (results,) = graph.graph.find_nodes(op="output")[0].args
     returned = results[len(written) : len(written) + len(metadata.output_info)]
@@ -160,6 +159,15 @@ def _groups(
 
 def _storage(value: torch.Tensor) -> Any:
     return value.untyped_storage()._cdata
+
+
+def _sharing(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:
+    """Names of inputs that share memory with another."""
+    storages: dict[Any, list[int]] = {}
+    for at, value in enumerate(inputs):
+        if isinstance(value, torch.Tensor):
+            storages.setdefault(_storage(value), []).append(at)
+    return [_name(gm, at) for members in storages.values() if len(members) > 1 for at in members]
 
 
 def _nodes(gm: fx.GraphModule) -> list[fx.Node]:

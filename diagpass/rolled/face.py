@@ -6,6 +6,7 @@ one capture of the step. What cannot be deferred runs as it stands, with a warni
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -44,7 +45,15 @@ from diagpass.rolled.run import Conflict, NotAWeight, Run
 from diagpass.rolled.summary import narrowness, rolled_report
 from diagpass.rolled.check import compare, named_results, run_in_double
 from diagpass.state import Snapshot
-from diagpass.transform import Transformed, _call, _call_key, _CaptureFailed, _disabled, _make_entry, _with_signature
+from diagpass.transform import (
+    Transformed,
+    _call,
+    _call_key,
+    _CaptureFailed,
+    _disabled,
+    _make_entry,
+    _with_signature,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +69,7 @@ class StepSession:
     symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces.
     """
 
+    step: torch.nn.Module
     options: Options
     symbols: set[str] = dataclasses.field(default_factory=set)
     modes: list[Any] = dataclasses.field(default_factory=list)
@@ -75,16 +85,17 @@ class StepSession:
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's call: one behaviour of the step in, what records a segment of it out."""
         self.captures += 1
-        bounded = dynamo.bounded_deque()
-        if bounded is not None:
-            raise CaptureError(
-                f"{bounded} is a deque with maxlen, which Dynamo captures wrongly when it is full; "
-                "use a list, or a deque without maxlen and popleft"
-            )
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            raise Refused(Refusal(f"the step cannot be captured soundly: {obstacle}", CaptureError))
         fresh = dynamo.counters() - self.symbols
         if fresh:
             raise FoundCounters(fresh)
-        program = make_program(capture(gm, inputs, self.changing), self.options)
+        try:
+            step = capture(gm, inputs, self.changing)
+        except CaptureError as error:
+            raise Refused(Refusal(f"the step cannot be deferred: {error}", CaptureError)) from None
+        program = make_program(step, self.options)
         self.programs.append(program)
         log.info(
             "captured behaviour %d of the step: %d cells, %d units",
@@ -99,6 +110,25 @@ class StepSession:
             return self.run.step(program, args)
 
         return record
+
+    def _obstacle(self) -> str | None:
+        """What Dynamo captures wrongly, or what could not be put back if the call failed."""
+        bounded = dynamo.bounded_deque()
+        if bounded is not None:
+            return (
+                f"{bounded} is a deque with maxlen, which Dynamo captures wrongly when it is full; "
+                "use a list, or a deque without maxlen and popleft"
+            )
+        iterator = dynamo.iterator()
+        if iterator is not None:
+            return f"{iterator} is an iterator, and capturing one would advance it; use a counter"
+        outside = dynamo.outside_write(Snapshot(self.step, values=False).holds)
+        if outside is not None:
+            return (
+                f"{outside} is changed by the step and is no part of it, so it could not be put back after a "
+                "failure; keep it in an attribute of the step"
+            )
+        return None
 
 
 class TransformedLoop(Transformed):
@@ -118,7 +148,7 @@ class TransformedLoop(Transformed):
     _original: SegmentLoop
 
     def _renew(self) -> None:
-        session = StepSession(self._options)
+        session = StepSession(self._original.step, self._options)
         self.__dict__.update(
             _session=session,
             _entry=_make_entry(self._original.step, session),
@@ -276,7 +306,9 @@ class TransformedLoop(Transformed):
         """A buffer that the step replaces is state, not a weight: capture anew."""
         log.info("%s is replaced by the step: taken for state", name)
         session = self._session
-        renewed = StepSession(self._options, captures=session.captures, changing={*session.changing, name})
+        renewed = StepSession(
+            self._original.step, self._options, captures=session.captures, changing={*session.changing, name}
+        )
         self.__dict__.update(_session=renewed, _entry=_make_entry(self._original.step, renewed))
 
     def stream(
@@ -385,13 +417,14 @@ class TransformedLoop(Transformed):
         """One call of the step, recorded."""
         session = self._session
         config: Any = torch._dynamo.config
+        learning = run.fresh_captures < MAX_FRESH
         session.run = run
         try:
-            with config.patch(error_on_recompile=run.fresh_captures >= MAX_FRESH):
+            with contextlib.nullcontext() if learning else config.patch(error_on_recompile=True):
                 try:
                     return _call(self._entry, session, args, kwargs)
-                except _CaptureFailed:
-                    if self._warmed or run.segments:
+                except _CaptureFailed as failed:
+                    if self._warmed or run.segments or not dynamo.in_library(failed.__cause__):
                         raise
                     self._warm_up(args, kwargs)
                     return _call(self._entry, session, args, kwargs)
@@ -416,7 +449,7 @@ class TransformedLoop(Transformed):
         if len(self._session.programs) > MAX_PROGRAMS:
             log.info("dropped %d captured behaviours: too many", len(self._session.programs))
             captures = self._session.captures
-            session = StepSession(self._options, captures=captures)
+            session = StepSession(self._original.step, self._options, captures=captures)
             self.__dict__.update(_session=session, _entry=_make_entry(self._original.step, session))
         self._original.reset_step()
         self._original._runs += 1
@@ -471,8 +504,12 @@ class TransformedLoop(Transformed):
             refusal = stopped.refusal
         else:
             refusal = Refusal(f"the step cannot be deferred: {stopped}", SequentialError)
-        self._failed[key] = refusal, rolled_report(run, self._session, refusal, "sequential")
-        self._refuse(*self._failed[key])
+        report = rolled_report(run, self._session, refusal, "sequential")
+        if isinstance(stopped, _CaptureFailed) and not self._warmed:
+            self.__dict__["_warmed"] = True  # the plain run to come may set the step up: try once more
+        else:
+            self._failed[key] = refusal, report
+        self._refuse(refusal, report)
 
     def _refuse(self, refusal: Refusal, report: Report) -> None:
         self.__dict__["_last"] = report

@@ -192,7 +192,9 @@ def _needed(
     return needed
 
 
-def _lumps(gm: fx.GraphModule, glue: list[fx.Node], owner: dict[fx.Node, int], weights: set[fx.Node]) -> list[Lump]:
+def _lumps(
+    gm: fx.GraphModule, glue: list[fx.Node], owner: dict[fx.Node, int], weights: set[fx.Node]
+) -> list[Lump]:
     """Glue by what it waits for."""
     waits: dict[fx.Node, frozenset] = {}
     for node in gm.graph.nodes:

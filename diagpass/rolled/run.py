@@ -156,6 +156,11 @@ class Run:
         if found is None:
             at = [place for place, is_weight in enumerate(program.step.weights) if is_weight]
             weights = [args[place] for place in at]
+            for place, weight in zip(at, weights, strict=True):
+                if id(weight) in self._pending or id(weight) in self._tokens:
+                    raise NotAWeight(program.step.names[place])
+                if self._written and weight.untyped_storage().data_ptr() in self._written:
+                    raise Conflict(f"{program.step.names[place]} shares memory with what is written in place")
             if self.kinds.use(program, weights) and self._weights_of:
                 raise Conflict("weights were replaced by the step itself")
             self._weights_of[program] = (at, weights)
@@ -227,9 +232,7 @@ class Run:
         made = _LumpRun(self.kinds.glue(lump.module, lump.key), inputs)
         given = [box for box in inputs if isinstance(box, Box)]
         ready, cells = max((box.ready for box in given), default=NOW), union(given)
-        results = [
-            Box(ready=ready, compute=made.result(at), cells=cells) for at in range(len(lump.outputs))
-        ]
+        results = [Box(ready=ready, compute=made.result(at), cells=cells) for at in range(len(lump.outputs))]
         boxes.update(zip(lump.outputs, results, strict=True))
         if fixed:
             self._lumps[lump.key] = (now, results)
@@ -266,7 +269,11 @@ class Run:
         for out in program.returned:
             if out.passed is not None:
                 value = args[out.passed]
-                if program.step.written and out.passed in program.step.written and id(value) not in self._tokens:
+                if (
+                    program.step.written
+                    and out.passed in program.step.written
+                    and id(value) not in self._tokens
+                ):
                     self._held[id(value)] = value
                 results.append(value)
                 continue
@@ -480,7 +487,9 @@ class Run:
                 operands.append(served[0])
                 shared.append(served[1])
                 continue
-            boxes = [self._operand(slot.sources[member], cell) for cell, member in zip(cells, members, strict=True)]
+            boxes = [
+                self._operand(slot.sources[member], cell) for cell, member in zip(cells, members, strict=True)
+            ]
             first = boxes[0]
             same = all(box is first for box in boxes) and (len(cells) > 1 or not literal)
             if not isinstance(first, Box):

@@ -124,6 +124,9 @@ def _chain(run: Run) -> Edge | None:
             rank = (l1 - l0, s1 - s0, s0, before)
             if worst is None or rank < worst[0]:
                 cells = run.kinds.cells
-                ends = (Cell(before, cells[n0].path, l0, s0, cells[n0].nodes), Cell(after, cells[n1].path, l1, s1, ()))
+                ends = (
+                    Cell(before, cells[n0].path, l0, s0, cells[n0].nodes),
+                    Cell(after, cells[n1].path, l1, s1, ()),
+                )
                 worst = (rank, Edge(*ends))
     return None if worst is None else worst[1]
