@@ -197,7 +197,7 @@ def changed(error: BaseException) -> str:
 
 
 def in_library(error: BaseException | None) -> bool:
-    """Whether the line that Dynamo stopped at is an installed library's, and not torch's or the user's own."""
+    """Whether the line that Dynamo stopped at is an installed library's, not torch's or the user's own."""
     lines = re.findall(r'File "([^"]+)", line \d+', str(error))
     own = [file for file in lines if "/torch/" not in file and "diagpass" not in file]
     return bool(own) and ("site-packages" in own[-1] or "dist-packages" in own[-1])

@@ -38,21 +38,21 @@ from diagpass.options import Options
 from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
 from diagpass.report import Report
 from diagpass.rolled.capture import capture
+from diagpass.rolled.check import compare, named_results, run_in_double
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.layout import fixed_layout
 from diagpass.rolled.program import Refused, StepProgram, make_program
 from diagpass.rolled.run import Conflict, NotAWeight, Run
 from diagpass.rolled.summary import narrowness, rolled_report
-from diagpass.rolled.check import compare, named_results, run_in_double
 from diagpass.state import Snapshot
-from diagpass.transform import (
+from diagpass.transformed import (
+    CaptureFailed,
     Transformed,
-    _call,
-    _call_key,
-    _CaptureFailed,
-    _disabled,
-    _make_entry,
-    _with_signature,
+    call_entry,
+    call_key,
+    is_disabled,
+    make_entry,
+    with_signature,
 )
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ MAX_FRESH = 8  # captures in one call, one segment after the other, before we st
 class StepSession:
     """What is known of one step: its programs, and who is recording at present.
 
-    It has what :func:`diagpass.transform._call` asks of a session: ``symbols``, the counters that stay
+    It has what :func:`diagpass.transformed.call_entry` asks of a session: ``symbols``, the counters that stay
     symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces.
     """
 
@@ -151,14 +151,14 @@ class TransformedLoop(Transformed):
         session = StepSession(self._original.step, self._options)
         self.__dict__.update(
             _session=session,
-            _entry=_make_entry(self._original.step, session),
+            _entry=make_entry(self._original.step, session),
             _failed={},
             _warned=set(),
             _warmed=False,
             _broken=None,
             _last=None,
             _verified=set(),
-            forward=_with_signature(self._run, self._original.forward),
+            forward=with_signature(self._run, self._original.forward),
         )
 
     @property
@@ -174,7 +174,7 @@ class TransformedLoop(Transformed):
         Report or None
             What a call would do.
         """
-        if _disabled():
+        if is_disabled():
             return None
         with self._lock:
             segments = cut(inputs, self._original.segment_size, self._original.dim)
@@ -206,7 +206,7 @@ class TransformedLoop(Transformed):
     def _run(self, inputs: Any, /, state: Any = None, **kwargs: Any) -> Any:
         """One call of the loop."""
         loop = self._original
-        if _disabled():
+        if is_disabled():
             return loop(inputs, state, **kwargs)
         with self._lock:
             loop.check_state(state)
@@ -240,7 +240,7 @@ class TransformedLoop(Transformed):
 
         Raises
         ------
-        _CaptureFailed, Refused, Conflict
+        CaptureFailed, Refused, Conflict
             It has to run as it stands; attributes may be half-written.
         """
         loop = self._original
@@ -309,7 +309,7 @@ class TransformedLoop(Transformed):
         renewed = StepSession(
             self._original.step, self._options, captures=session.captures, changing={*session.changing, name}
         )
-        self.__dict__.update(_session=renewed, _entry=_make_entry(self._original.step, renewed))
+        self.__dict__.update(_session=renewed, _entry=make_entry(self._original.step, renewed))
 
     def stream(
         self, segments: Iterable[Any], state: Any = None, *, progress: bool = False, **kwargs: Any
@@ -326,7 +326,7 @@ class TransformedLoop(Transformed):
             While iterating: a stream was abandoned midway and nothing has reset the state since, or another
             call came between and the step keeps one state.
         """
-        if _disabled():
+        if is_disabled():
             return self._original.stream(segments, state, progress=progress, **kwargs)
         self._original.check_state(state)
         check_segments(segments)
@@ -422,12 +422,12 @@ class TransformedLoop(Transformed):
         try:
             with contextlib.nullcontext() if learning else config.patch(error_on_recompile=True):
                 try:
-                    return _call(self._entry, session, args, kwargs)
-                except _CaptureFailed as failed:
+                    return call_entry(self._entry, session, args, kwargs)
+                except CaptureFailed as failed:
                     if self._warmed or run.segments or not dynamo.in_library(failed.__cause__):
                         raise
                     self._warm_up(args, kwargs)
-                    return _call(self._entry, session, args, kwargs)
+                    return call_entry(self._entry, session, args, kwargs)
         except RecompileError as error:
             raise Conflict(
                 f"the step is another one at each of {run.segments} segments, so there is nothing to repeat: "
@@ -450,7 +450,7 @@ class TransformedLoop(Transformed):
             log.info("dropped %d captured behaviours: too many", len(self._session.programs))
             captures = self._session.captures
             session = StepSession(self._original.step, self._options, captures=captures)
-            self.__dict__.update(_session=session, _entry=_make_entry(self._original.step, session))
+            self.__dict__.update(_session=session, _entry=make_entry(self._original.step, session))
         self._original.reset_step()
         self._original._runs += 1
         self.__dict__["_broken"] = None
@@ -470,7 +470,8 @@ class TransformedLoop(Transformed):
         if self._original._runs != number and not self._original.carries_state:
             raise DiagpassError(
                 f"another call of the loop came before segment {at} of this stream, and its step "
-                f"{type(self._original.step).__name__} keeps one state; finish one stream before the next call"
+                f"{type(self._original.step).__name__} keeps one state; finish one stream before the next "
+                "call"
             )
 
     def _must_run_plainly(self, segment: Any, state: Any, kwargs: dict) -> bool:
@@ -491,21 +492,22 @@ class TransformedLoop(Transformed):
         if known is None:
             return False
         self._failed[key] = known
-        self._refuse(*known)
+        refusal, report = known
+        self._refuse(refusal, report)
         return True
 
     def _refuse_because(self, stopped: Exception, key: tuple, run: Run | None = None) -> None:
         """Remember why a call is not deferred; warn, or raise in strict mode."""
         if isinstance(stopped, Refused):
             refusal = stopped.refusal
-        elif isinstance(stopped, _CaptureFailed):
+        elif isinstance(stopped, CaptureFailed):
             refusal = Refusal(f"the step could not be captured as one graph: {stopped}", CaptureError)
         elif isinstance(stopped, Conflict) and stopped.refusal is not None:
             refusal = stopped.refusal
         else:
             refusal = Refusal(f"the step cannot be deferred: {stopped}", SequentialError)
         report = rolled_report(run, self._session, refusal, "sequential")
-        if isinstance(stopped, _CaptureFailed) and not self._warmed:
+        if isinstance(stopped, CaptureFailed) and not self._warmed:
             self.__dict__["_warmed"] = True  # the plain run to come may set the step up: try once more
         else:
             self._failed[key] = refusal, report
@@ -545,7 +547,7 @@ def explain_loop(loop: SegmentLoop, args: tuple, kwargs: dict) -> Report:
     return dataclasses.replace(report, ran=None)
 
 
-_STOPS = (_CaptureFailed, Refused, Conflict)
+_STOPS = (CaptureFailed, Refused, Conflict)
 
 
 @dataclasses.dataclass
@@ -604,4 +606,4 @@ def _fixed(leaf: Any, own: bool) -> Any:
 
 
 def _key(fast: TransformedLoop, segment: Any, kwargs: dict) -> tuple:
-    return _call_key(fast.original, (segment,), kwargs)
+    return call_key(fast.original, (segment,), kwargs)

@@ -126,7 +126,7 @@ def aggregate(dim: int, parts: list[tuple[Box, int, int, bool]]) -> Box:
 
 
 def read(box: Box, dim: int, start: int, stop: int, drop: bool) -> Box | None:
-    """``box[start:stop]`` along ``dim`` (without that dimension if ``drop``), from one piece if one has it."""
+    """``box[start:stop]`` along ``dim`` (dropped if ``drop``), from one piece; None if none has it all."""
     if box.parts is None:
         return _cut(box, dim, start, stop, drop)
     along, parts = box.parts
