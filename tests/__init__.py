@@ -7,7 +7,8 @@ values:
 * ATen's vector code computes ``exp`` and its like otherwise than the scalar code beside it, which serves
   what does not fill a vector. Which element gets which depends on strides, and these change when a write
   in place (``chunk.sigmoid_()``, as in ``nn.GRUCell``) becomes a value of its own in the functional graph:
-  one unit in the last place, on a machine with AVX2. ``ATEN_CPU_CAPABILITY=default`` has the scalar code only.
+  one unit in the last place, on a machine with AVX2. With
+  ``ATEN_CPU_CAPABILITY=default`` there is the scalar code only.
 * MKL chooses its path by the address of an operand modulo 16 bytes, and a row of a stacked state may begin
   anywhere. ``MKL_CBWR=COMPATIBLE`` has one path for all addresses.
 

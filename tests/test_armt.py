@@ -252,7 +252,7 @@ print("products", *products)
 def test_torch_compile_without_importing_diagpass(
     base: str, layers: int, segments: int, share: float
 ) -> None:
-    """Results and matrix products; the share of the smaller model is that of its 9 waves in 24 cells, and glue."""
+    """Results and matrix products; the smaller model has 9 waves for 24 cells, and glue."""
     out = run_python(BACKEND, base, str(layers), str(segments))
     sequential, diagonal = map(int, out.split("products")[1].split())
     assert sequential > layers * segments * 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import diagpass
 from tests.helpers import (
@@ -14,7 +16,7 @@ from tests.helpers import (
     forced,
     snapshot,
 )
-from tests.models import EXPECT, ZOO
+from tests.models import EXPECT, ZOO, Loop, tokens
 
 
 def check_expected(name: str, report: diagpass.Report) -> None:
@@ -138,6 +140,28 @@ def test_strict_accepts_what_can_be_batched() -> None:
 def test_verify_passes_on_right_programs(name: str) -> None:
     model, inputs = ZOO[name]()
     assert_same(model, inputs, {"verify": True})
+
+
+class Scaled(nn.Module):
+    """A layer without state that multiplies by a number of its own, and adds another so many times."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.linear, self.index = nn.Linear(6, 6), index
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h * (1.0 + 0.1 * self.index)
+        return h + torch.add(h, self.linear(h).tanh(), alpha=0.5 + self.index)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_one_layer_at_several_segments_shares_its_number(compiler: str) -> None:
+    """Each group is one layer at all segments: the number differs within the kind, not within a group."""
+    model = Loop([Scaled(i) for i in range(3)]).double().eval()
+    report = assert_same(model, (tokens(4),), {"compiler": compiler}, rtol=1e-11)
+    assert (report.cells, report.waves, report.batched_cells, len(report.kinds)) == (12, 3, 12, 1), str(
+        report
+    )
 
 
 def test_many_transformed_models_of_one_class() -> None:

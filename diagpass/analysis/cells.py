@@ -11,11 +11,12 @@ back. ``contract`` finds such paths and closes them.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import networkx as nx
 import torch
 import torch.fx as fx
+from torch.utils._pytree import tree_flatten
 
 from diagpass.capture.marks import Call, all_calls
 
@@ -29,6 +30,21 @@ def is_operation(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method", "call_module"):
         return False
     return not isinstance(node.meta.get("val"), (int, float, bool, *_SYMBOLIC))
+
+
+def same_arguments(node: fx.Node, other: fx.Node, agree: Callable[[fx.Node, fx.Node], bool]) -> bool:
+    """Whether two nodes have the same literals, and nodes that ``agree`` in the same places."""
+    left, left_spec = tree_flatten((node.args, node.kwargs))
+    right, right_spec = tree_flatten((other.args, other.kwargs))
+    if left_spec != right_spec:
+        return False
+    for a, b in zip(left, right, strict=True):
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            if not agree(a, b):
+                return False
+        elif isinstance(a, fx.Node) or isinstance(b, fx.Node) or type(a) is not type(b) or a != b:
+            return False
+    return True
 
 
 def propose(graph: fx.Graph, globs: Sequence[str] | None) -> Iterator[Proposal]:

@@ -9,8 +9,8 @@ their results.
 from __future__ import annotations
 
 import torch.fx as fx
-from torch.utils._pytree import tree_flatten
 
+from diagpass.analysis.cells import same_arguments
 from diagpass.capture.marks import Call
 
 LEAST_SHARE = 0.5  # a cell with less than this share of the operations stays as it is
@@ -89,19 +89,13 @@ def _computed(node: fx.Node, owner: dict[fx.Node, int]) -> bool:
 
 
 def _corresponds(node: fx.Node, other: fx.Node, image: dict[fx.Node, fx.Node], inside: set[fx.Node]) -> bool:
-    if node.target != other.target:
-        return False
-    left, left_spec = tree_flatten((node.args, node.kwargs))
-    right, right_spec = tree_flatten((other.args, other.kwargs))
-    if left_spec != right_spec:
-        return False
-    for a, b in zip(left, right, strict=True):
-        if isinstance(a, fx.Node):
-            if not isinstance(b, fx.Node) or (a in inside and image.get(a) is not b):
-                return False
-        elif isinstance(b, fx.Node) or type(a) is not type(b) or a != b:
-            return False
-    return getattr(node.meta.get("val"), "shape", None) == getattr(other.meta.get("val"), "shape", None)
+    """Whether ``other`` does in its cell what ``node`` does in this one."""
+    shapes = [getattr(each.meta.get("val"), "shape", None) for each in (node, other)]
+    return (
+        node.target == other.target
+        and shapes[0] == shapes[1]
+        and same_arguments(node, other, lambda a, b: a not in inside or image.get(a) is b)
+    )
 
 
 def _copy_missing(

@@ -16,9 +16,8 @@ import operator
 import networkx as nx
 import torch
 import torch.fx as fx
-from torch.utils._pytree import tree_flatten
 
-from diagpass.analysis.cells import Proposal, contract, is_operation
+from diagpass.analysis.cells import Proposal, contract, is_operation, same_arguments
 from diagpass.analysis.complete import complete
 from diagpass.capture.marks import Call
 
@@ -265,7 +264,7 @@ def _match(
             if user.target == node.target
             and owner.get(user, cell) == cell
             and user not in image.values()
-            and _same_arguments(node, user, image)
+            and same_arguments(node, user, lambda a, b: image.get(a, b) is b)
         ]
         if not candidates:
             return None
@@ -273,20 +272,6 @@ def _match(
         if candidates[0] not in owner:
             found.append(candidates[0])
     return found
-
-
-def _same_arguments(node: fx.Node, other: fx.Node, image: dict[fx.Node, fx.Node]) -> bool:
-    left, left_spec = tree_flatten((node.args, node.kwargs))
-    right, right_spec = tree_flatten((other.args, other.kwargs))
-    if left_spec != right_spec:
-        return False
-    for a, b in zip(left, right, strict=True):
-        if isinstance(a, fx.Node):
-            if not isinstance(b, fx.Node) or image.get(a, b) is not b:
-                return False
-        elif isinstance(b, fx.Node) or type(a) is not type(b) or a != b:
-            return False
-    return True
 
 
 def join_siblings(graph: fx.Graph, owner: Owner, calls: list[Call]) -> tuple[Owner, list[Call]]:

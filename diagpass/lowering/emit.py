@@ -145,13 +145,13 @@ class _Emitter:
         kind = self.cells.kinds[group.kind]
         members = [kind.cells.index(cell) for cell in group.cells]
         sources = [[slot.sources[at] for at in members] for slot in kind.slots]
+        # A number that differs within the kind is an operand of its batched form, also where it happens to be
+        # the same in a whole group (one layer at several segments).
         shared = tuple(
-            all(source is items[0] or (slot.literal and source == items[0]) for source in items)
+            not slot.literal and all(source is items[0] for source in items)
             for slot, items in zip(kind.slots, sources, strict=True)
         )
         literal = self.literal_batched and any(slot.literal for slot in kind.slots)
-        if literal:
-            shared = tuple(same and not slot.literal for same, slot in zip(shared, kind.slots, strict=True))
         if len(members) > 1 or literal:
             stacked = self._form(kind, len(members), shared)
             if stacked is not None:
