@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "CaptureFailed",
+    "Capturing",
     "Transformed",
     "call_entry",
     "call_key",
@@ -307,6 +308,7 @@ class Transformed(nn.Module):
 
 
 def is_disabled() -> bool:
+    """Whether the environment says that everything runs as it stands."""
     return os.environ.get("DIAGPASS_DISABLE", "") not in ("", "0")
 
 
