@@ -454,33 +454,34 @@ class Run:
         kind, _ = self.kinds.of(cells[0].number)
         members = [self.kinds.of(cell.number)[1] for cell in cells]
         literal = self.kinds.options.compiler == "inductor" and any(slot.literal for slot in kind.slots)
-        if len(cells) > 1 or literal:
-            operands, shared = self._operands(kind, cells, members, literal)
-            form = self.kinds.form(kind, len(cells), shared)
-            if form is not None:
-                run, stacked = form
-                results = run(*operands)
-                for result, is_stacked, nodes in zip(results, stacked, kind.outputs, strict=True):
-                    for row, (cell, member) in enumerate(zip(cells, members, strict=True)):
-                        node = nodes[member]
-                        if node is not None:
-                            cell.outputs[node].put(Row(result, row, len(cells)) if is_stacked else result)
-                self.batched_cells += len(cells) if len(cells) > 1 else 0
-                return
+        operands, shared = self._operands(kind, cells, members) if len(cells) > 1 or literal else (None, ())
+        form = None if operands is None else self.kinds.form(kind, len(cells), shared)
+        if form is not None:
+            run, stacked = form
+            results = run(*operands)  # type: ignore[misc]
+            for result, is_stacked, nodes in zip(results, stacked, kind.outputs, strict=True):
+                for row, (cell, member) in enumerate(zip(cells, members, strict=True)):
+                    node = nodes[member]
+                    if node is not None:
+                        cell.outputs[node].put(Row(result, row, len(cells)) if is_stacked else result)
+            self.batched_cells += len(cells) if len(cells) > 1 else 0
+            return
         for cell, member in zip(cells, members, strict=True):
             self._single(kind, cell, member)
 
     def _operands(
-        self, kind: Kind, cells: list[_Cell], members: list[int], literal: bool
-    ) -> tuple[list[Any], tuple[bool, ...]]:
+        self, kind: Kind, cells: list[_Cell], members: list[int]
+    ) -> tuple[list[Any] | None, tuple[bool, ...]]:
+        """What a group's form takes, and which of it all cells share; None if the group has no form.
+
+        A Python number is never passed to a form: it would be traced in.
+        """
         operands, shared = [], []
         numbers = [cell.number for cell in cells]
         for at, slot in enumerate(kind.slots):
             if slot.literal:
-                items = [slot.sources[member] for member in members]
-                same = not literal and all(item == items[0] for item in items)
-                operands.append(items[0] if same else self.kinds.numbers(tuple(items)))
-                shared.append(same)
+                operands.append(self.kinds.numbers(tuple(slot.sources[member] for member in members)))
+                shared.append(False)
                 continue
             served = self.kinds.weights(kind, at, numbers)
             if served is not None:
@@ -491,12 +492,12 @@ class Run:
                 self._operand(slot.sources[member], cell) for cell, member in zip(cells, members, strict=True)
             ]
             first = boxes[0]
-            same = all(box is first for box in boxes) and (len(cells) > 1 or not literal)
             if not isinstance(first, Box):
-                same = all(box == first for box in boxes)
-                operands.append(first if same else boxes)
-            else:
-                operands.append(first.tensor() if same else gather(boxes))
+                path = self.kinds.cells[cells[0].number].path
+                self.kinds.notes[f"cells like {path} run unbatched: they read a Python number"] = None
+                return None, ()
+            same = all(box is first for box in boxes)
+            operands.append(first.tensor() if same else gather(boxes))
             shared.append(same)
         return operands, tuple(shared)
 
