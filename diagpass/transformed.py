@@ -299,12 +299,12 @@ class Transformed(nn.Module):
         return f"Transformed({self.extra_repr()}, {self._original!r})"
 
     def __reduce__(self) -> Any:
-        return Transformed, (self._original, self._options)
+        return type(self), (self._original, self._options)
 
     def __deepcopy__(self, memo: dict) -> Transformed:
         import copy
 
-        return Transformed(copy.deepcopy(self._original, memo), self._options)
+        return type(self)(copy.deepcopy(self._original, memo), self._options)
 
 
 def is_disabled() -> bool:

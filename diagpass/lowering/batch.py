@@ -33,12 +33,40 @@ class _GroupInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            return super().run_node(n)
+            result = super().run_node(n)
         except BatchingError as error:
             raise BatchingError(f"{error}, in {module_of(n)}") from error
+        if n.op != "call_function":
+            return result
+        return _as_expected(n, result, n.meta.get("val"), self.width)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         return apply(target, self.width, args, kwargs)
+
+
+def _as_expected(node: fx.Node, result: Any, example: Any, width: int) -> Any:
+    """Hold a batched result against what one cell computes: decompositions promote where kernels do not.
+
+    Raises
+    ------
+    BatchingError
+        The shape is not that of ``width`` cells.
+    """
+    if isinstance(result, (tuple, list)) and isinstance(example, (tuple, list)):
+        pairs = zip(result, example, strict=True)
+        return type(result)(_as_expected(node, item, value, width) for item, value in pairs)
+    value = result.tensor if isinstance(result, Stacked) else result
+    if not isinstance(value, torch.Tensor) or not isinstance(example, torch.Tensor):
+        return result
+    expected = (width, *example.shape) if isinstance(result, Stacked) else tuple(example.shape)
+    if tuple(value.shape) != expected:
+        raise BatchingError(
+            f"operation {node.target} in {module_of(node)} gives {tuple(value.shape)} batched, not {expected}"
+        )
+    if value.dtype == example.dtype:
+        return result
+    cast = value.to(example.dtype)
+    return Stacked(cast) if isinstance(result, Stacked) else cast
 
 
 def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.GraphModule, tuple[bool, ...]]:
@@ -90,7 +118,11 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
             kind.slots, shared, kind.body.graph.find_nodes(op="placeholder"), strict=True
         ):
             examples.append(_example(slot.literal, slot.sources[0], is_shared, node.meta.get("val"), width))
-        traced = make_fx(run)(*examples)
+        try:
+            traced = make_fx(run)(*examples)
+        except RuntimeError as error:
+            said = str(error).strip().split("\n")[0]
+            raise BatchingError(f"its batched form could not be traced ({said})") from error
     for node in traced.graph.nodes:  # weights are rows of a stack, evenly spaced but not packed
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default

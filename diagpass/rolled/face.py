@@ -344,10 +344,11 @@ class TransformedLoop(Transformed):
             view.leave()
             number = loop._runs
         complete = False
+        records_gradients = torch.is_grad_enabled()
         try:
             for at, segment in enumerate(items):
                 plain, done = False, []
-                with self._lock, view:
+                with self._lock, view, torch.set_grad_enabled(records_gradients):
                     self._check_alone(number, at)
                     if at == 0 and self._must_run_plainly(segment, carried.value, kwargs):
                         plain = True

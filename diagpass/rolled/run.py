@@ -13,11 +13,12 @@ across are held.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -427,7 +428,7 @@ class Run:
         if self._done < last and not self.dry and not self._fresh:
             self.kinds.refresh()
             self._fresh = True
-        with torch.no_grad():
+        with _as_captured():
             while self._done < last:
                 self._done += 1
                 cells = self._waves.pop(self._done, [])
@@ -532,12 +533,20 @@ class _LumpRun:
         def compute() -> Any:
             if self.results is None:
                 values = [box.tensor() if isinstance(box, Box) else box for box in self.inputs]
-                with torch.no_grad():
+                with _as_captured():
                     self.results = list(self.function(*values))
                 self.inputs = []
             return self.results[at]
 
         return compute
+
+
+@contextlib.contextmanager
+def _as_captured() -> Iterator[None]:
+    """Captured operations run as they are: gradients are not recorded, and casts are in the graph already."""
+    disable: Any = getattr(torch._C, "_DisableAutocast")  # noqa: B009
+    with torch.no_grad(), disable():
+        yield
 
 
 def _piece(value: torch.Tensor, dim: int, start: int, stop: int, drop: bool) -> torch.Tensor:
