@@ -11,6 +11,11 @@ those of the values themselves. Cells run wave by wave as soon as no later segme
     values.py    deferred values and how the operands of a group are gathered
     kinds.py     the cells of all captured graphs -> kinds, batched forms, weight stacks
     run.py       one call: record segments, put cells into waves, run them, fill the tokens
+    session.py   what is known of one step from call to call
+    view.py      what a stream sees of the step while others do not
+    check.py     a rolled run against the sequential one, in figures
+    summary.py   a run -> its report
+    layout.py    segments in a layout that does not tell how many there are
     face.py      the module that ``transform(SegmentLoop(...))`` returns
 
 Periodicity is never assumed: a segment that behaves otherwise fails a guard and is captured as what it is.

@@ -12,16 +12,14 @@ import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch._dynamo.config
-import torch.fx as fx
 from torch._dynamo.exc import RecompileError
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diagpass.backend import FoundCounters
 from diagpass.capture import dynamo
 from diagpass.errors import CaptureError, DiagpassError, DiagpassWarning, SequentialError
 from diagpass.loop import (
@@ -37,13 +35,13 @@ from diagpass.loop import (
 from diagpass.options import Options
 from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
 from diagpass.report import Report
-from diagpass.rolled.capture import capture
 from diagpass.rolled.check import compare, named_results, run_in_double
-from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.layout import fixed_layout
-from diagpass.rolled.program import Refused, StepProgram, make_program
+from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight, Run
+from diagpass.rolled.session import StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
+from diagpass.rolled.view import Carried, View
 from diagpass.state import Snapshot
 from diagpass.transformed import (
     CaptureFailed,
@@ -59,76 +57,6 @@ log = logging.getLogger(__name__)
 
 MAX_PROGRAMS = 64  # behaviours and shapes of a step that are kept
 MAX_FRESH = 8  # captures in one call, one segment after the other, before we stop learning
-
-
-@dataclasses.dataclass
-class StepSession:
-    """What is known of one step: its programs, and who is recording at present.
-
-    It has what :func:`diagpass.transformed.call_entry` asks of a session: ``symbols``, the counters that stay
-    symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces.
-    """
-
-    step: torch.nn.Module
-    options: Options
-    symbols: set[str] = dataclasses.field(default_factory=set)
-    modes: list[Any] = dataclasses.field(default_factory=list)
-    captures: int = 0
-    changing: set[str] = dataclasses.field(default_factory=set)
-    programs: list[StepProgram] = dataclasses.field(default_factory=list)
-    kinds: Kinds = None  # type: ignore[assignment]
-    run: Run | None = None
-
-    def __post_init__(self) -> None:
-        self.kinds = Kinds(self.options)
-
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Dynamo's call: one behaviour of the step in, what records a segment of it out."""
-        self.captures += 1
-        obstacle = self._obstacle()
-        if obstacle is not None:
-            raise Refused(Refusal(f"the step cannot be captured soundly: {obstacle}", CaptureError))
-        fresh = dynamo.counters() - self.symbols
-        if fresh:
-            raise FoundCounters(fresh)
-        try:
-            step = capture(gm, inputs, self.changing)
-        except CaptureError as error:
-            raise Refused(Refusal(f"the step cannot be deferred: {error}", CaptureError)) from None
-        program = make_program(step, self.options)
-        self.programs.append(program)
-        log.info(
-            "captured behaviour %d of the step: %d cells, %d units",
-            len(self.programs),
-            len(program.cells),
-            len(program.units),
-        )
-
-        def record(*args: Any) -> Any:
-            if self.run is None:
-                raise AssertionError("a segment was recorded outside of a call")
-            return self.run.step(program, args)
-
-        return record
-
-    def _obstacle(self) -> str | None:
-        """What Dynamo captures wrongly, or what could not be put back if the call failed."""
-        bounded = dynamo.bounded_deque()
-        if bounded is not None:
-            return (
-                f"{bounded} is a deque with maxlen, which Dynamo captures wrongly when it is full; "
-                "use a list, or a deque without maxlen and popleft"
-            )
-        iterator = dynamo.iterator()
-        if iterator is not None:
-            return f"{iterator} is an iterator, and capturing one would advance it; use a counter"
-        outside = dynamo.outside_write(Snapshot(self.step, values=False).holds)
-        if outside is not None:
-            return (
-                f"{outside} is changed by the step and is no part of it, so it could not be put back after a "
-                "failure; keep it in an attribute of the step"
-            )
-        return None
 
 
 class TransformedLoop(Transformed):
@@ -192,7 +120,7 @@ class TransformedLoop(Transformed):
                 self._original.reset_step()
                 run = Run(self._session.kinds, self._options.max_width, dry=True)
                 try:
-                    for _ in self._record(run, segments, _State(state), kwargs):
+                    for _ in self._record(run, segments, Carried(state), kwargs):
                         pass
                 except NotAWeight as found:
                     before.restore()
@@ -248,7 +176,7 @@ class TransformedLoop(Transformed):
             before = Snapshot(loop.step, values=False)
             self._begin()
             run = Run(self._session.kinds, max_width)
-            carried = _State(state)
+            carried = Carried(state)
             try:
                 outputs = [out for done in self._record(run, segments, carried, kwargs) for out in done]
             except NotAWeight as found:
@@ -330,16 +258,16 @@ class TransformedLoop(Transformed):
             return self._original.stream(segments, state, progress=progress, **kwargs)
         self._original.check_state(state)
         check_segments(segments)
-        outputs = self._stream(segments, _State(state), kwargs)
+        outputs = self._stream(segments, Carried(state), kwargs)
         return SegmentStream(outputs, progress=progress, total=length_of(segments))
 
-    def _stream(self, segments: Iterable[Any], carried: _State, kwargs: dict) -> Generator[Any, None, Any]:
+    def _stream(self, segments: Iterable[Any], carried: Carried, kwargs: dict) -> Generator[Any, None, Any]:
         loop = self._original
         run = Run(self._session.kinds, self._options.max_width)
         items = iter(segments)
         with self._lock:
             self._check_whole()
-            view = _View(loop.step)
+            view = View(loop.step)
             self._begin()
             view.leave()
             number = loop._runs
@@ -389,7 +317,7 @@ class TransformedLoop(Transformed):
                 self.__dict__["_broken"] = f"a stream was abandoned or failed after {run.segments} segments"
 
     def _record(
-        self, run: Run, segments: Iterable[Any], carried: _State, kwargs: dict, own: bool = False
+        self, run: Run, segments: Iterable[Any], carried: Carried, kwargs: dict, own: bool = False
     ) -> Iterator[list[Any]]:
         """Send segments through the step; yield the outputs that are complete after each.
 
@@ -549,44 +477,6 @@ def explain_loop(loop: SegmentLoop, args: tuple, kwargs: dict) -> Report:
 
 
 _STOPS = (CaptureFailed, Refused, Conflict)
-
-
-@dataclasses.dataclass
-class _State:
-    """The state that goes from step to step where it is passed."""
-
-    value: Any
-
-
-class _View:
-    """A stream's view of the step's attributes, put in place while the stream works.
-
-    Outside they are what they were before the stream, so that half-written state is never seen and what is
-    done to them between two outputs does not disturb the stream.
-    """
-
-    def __init__(self, step: torch.nn.Module) -> None:
-        self._step = step
-        self._outside = Snapshot(step, values=False)
-        self._inside: Snapshot | None = None
-        self._kept = False
-
-    def leave(self) -> None:
-        """Take the stream's view away."""
-        self._inside = Snapshot(self._step, values=False)
-        self._outside.restore()
-
-    def keep(self) -> None:
-        """Let the stream's view stay: it is whole."""
-        self._kept = True
-
-    def __enter__(self) -> None:
-        if self._inside is not None:
-            self._inside.restore()
-
-    def __exit__(self, *error: Any) -> None:
-        if not self._kept:
-            self.leave()
 
 
 def _plainly(

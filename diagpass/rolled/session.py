@@ -1,0 +1,94 @@
+"""What is known of one step: its captured programs, their kinds, and who is recording at present."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from diagpass.backend import FoundCounters
+from diagpass.capture import dynamo
+from diagpass.errors import CaptureError
+from diagpass.options import Options
+from diagpass.pipeline import Refusal
+from diagpass.rolled.capture import capture
+from diagpass.rolled.kinds import Kinds
+from diagpass.rolled.program import Refused, StepProgram, make_program
+from diagpass.rolled.run import Run
+from diagpass.state import Snapshot
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class StepSession:
+    """What is known of one step: its programs, and who is recording at present.
+
+    It has what :func:`diagpass.transformed.call_entry` asks of a session: ``symbols``, the counters that stay
+    symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces.
+    """
+
+    step: torch.nn.Module
+    options: Options
+    symbols: set[str] = dataclasses.field(default_factory=set)
+    modes: list[Any] = dataclasses.field(default_factory=list)
+    captures: int = 0
+    changing: set[str] = dataclasses.field(default_factory=set)
+    programs: list[StepProgram] = dataclasses.field(default_factory=list)
+    kinds: Kinds = dataclasses.field(init=False)
+    run: Run | None = None
+
+    def __post_init__(self) -> None:
+        self.kinds = Kinds(self.options)
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Dynamo's call: one behaviour of the step in, what records a segment of it out."""
+        self.captures += 1
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            raise Refused(Refusal(f"the step cannot be captured soundly: {obstacle}", CaptureError))
+        fresh = dynamo.counters() - self.symbols
+        if fresh:
+            raise FoundCounters(fresh)
+        try:
+            step = capture(gm, inputs, self.changing)
+        except CaptureError as error:
+            raise Refused(Refusal(f"the step cannot be deferred: {error}", CaptureError)) from None
+        program = make_program(step, self.options)
+        self.programs.append(program)
+        log.info(
+            "captured behaviour %d of the step: %d cells, %d units",
+            len(self.programs),
+            len(program.cells),
+            len(program.units),
+        )
+
+        def record(*args: Any) -> Any:
+            if self.run is None:
+                raise AssertionError("a segment was recorded outside of a call")
+            return self.run.step(program, args)
+
+        return record
+
+    def _obstacle(self) -> str | None:
+        """What Dynamo captures wrongly, or what could not be put back if the call failed."""
+        bounded = dynamo.bounded_deque()
+        if bounded is not None:
+            return (
+                f"{bounded} is a deque with maxlen, which Dynamo captures wrongly when it is full; "
+                "use a list, or a deque without maxlen and popleft"
+            )
+        iterator = dynamo.iterator()
+        if iterator is not None:
+            return f"{iterator} is an iterator, and capturing one would advance it; use a counter"
+        outside = dynamo.outside_write(Snapshot(self.step, values=False).holds)
+        if outside is not None:
+            return (
+                f"{outside} is changed by the step and is no part of it, so it could not be put back after a "
+                "failure; keep it in an attribute of the step"
+            )
+        return None
