@@ -120,6 +120,8 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
             examples.append(_example(slot.literal, slot.sources[0], is_shared, node.meta.get("val"), width))
         try:
             traced = make_fx(run)(*examples)
+        except BatchingError as error:  # the interpreter appends its own trace
+            raise BatchingError(str(error).split("\n")[0]) from error
         except RuntimeError as error:
             said = str(error).strip().split("\n")[0]
             raise BatchingError(f"its batched form could not be traced ({said})") from error
