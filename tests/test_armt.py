@@ -248,15 +248,13 @@ print("products", *products)
 """
 
 
-@pytest.mark.parametrize("base, layers, segments, share", [("llama", 6, 12, 0.45), ("gpt2", 4, 6, 0.7)])
-def test_torch_compile_without_importing_diagpass(
-    base: str, layers: int, segments: int, share: float
-) -> None:
-    """Results and matrix products; the smaller model has 9 waves for 24 cells, and glue."""
-    out = run_python(BACKEND, base, str(layers), str(segments))
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_torch_compile_without_importing_diagpass(base: str) -> None:
+    """Results, and that cells are really batched: matrix products of 6 layers x 12 segments."""
+    out = run_python(BACKEND, base, "6", "12")
     sequential, diagonal = map(int, out.split("products")[1].split())
-    assert sequential > layers * segments * 4
-    assert diagonal <= share * sequential, f"{diagonal} of {sequential} products"
+    assert sequential > 6 * 12 * 4
+    assert diagonal <= 0.45 * sequential, f"{diagonal} of {sequential} products"
 
 
 COLD = """
