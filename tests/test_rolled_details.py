@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diagpass import SegmentLoop
+from diagpass import DiagpassWarning, SegmentLoop
 from diagpass.rolled.kinds import usual_widths
 from diagpass.rolled.layout import fixed_layout, packed, sliced_dim
 from tests import rolled_models as models
@@ -133,3 +133,16 @@ def test_copies_are_loops() -> None:
         assert type(again) is type(fast)
         assert_tree_same(again(x), fast(x), 0.0, "copy")
         assert len(list(again.stream([x[:, :T]]))) == 1
+
+
+def test_a_stream_that_stops_for_want_of_width_runs_no_segment_twice() -> None:
+    """A chain is seen after a few segments; the stream goes on as it stands with the next one."""
+    plain = models.build("rmt")
+    fast = fast_copy(plain, schedule="auto")
+    x = models.inputs("rmt", 9 * plain.segment_size)
+    with torch.no_grad(), pytest.warns(DiagpassWarning, match="a chain leaves no width"):
+        got = list(fast.stream(list(x.split(plain.segment_size, 1))))
+        expected = list(plain.stream(list(x.split(plain.segment_size, 1))))
+    assert len(got) == 9
+    assert_tree_same(got, expected, 1e-10, "stream")
+    assert_state_same(fast.original, plain, 1e-10)

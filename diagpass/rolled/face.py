@@ -179,6 +179,7 @@ class TransformedLoop(Transformed):
             carried = Carried(state)
             try:
                 outputs = [out for done in self._record(run, segments, carried, kwargs) for out in done]
+                self._check_width(run)
             except NotAWeight as found:
                 before.restore()
                 self._take_for_state(found.name)
@@ -325,6 +326,7 @@ class TransformedLoop(Transformed):
         """
         loop = self._original
         for segment in segments:
+            self._check_width(run)  # before: a stream that stops here runs this segment as it stands
             segment = tree_map(functools.partial(_fixed, own=own), segment)
             args = (segment, carried.value) if loop.carries_state else (segment,)
             run.guard_inputs(segment)
@@ -339,7 +341,6 @@ class TransformedLoop(Transformed):
             run.fresh_captures = run.fresh_captures + 1 if fresh else 0
             if not fresh:  # learn what comes next before anything is compiled
                 run.advance()
-            self._check_width(run, fresh)
             yield run.take()
 
     def _step(self, run: Run, args: tuple, kwargs: dict) -> Any:
@@ -450,9 +451,9 @@ class TransformedLoop(Transformed):
             self._warned.add(refusal.reason)
             warnings.warn(f"running sequentially: {refusal.reason}", DiagpassWarning, stacklevel=4)
 
-    def _check_width(self, run: Run, fresh: bool) -> None:
+    def _check_width(self, run: Run) -> None:
         """Stop where the steady state leaves no width, unless the wavefront was asked for."""
-        if self._options.schedule != "auto" or run.dry or fresh or run.segments < 4:
+        if self._options.schedule != "auto" or run.dry or run.fresh_captures or run.segments < 4:
             return
         if run.steady_width() < LEAST_MEAN_WIDTH:
             raise Conflict("", narrowness(run))
