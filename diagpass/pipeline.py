@@ -24,6 +24,7 @@ from diagpass.analysis.schedule import find_chain, schedule
 from diagpass.capture import functional
 from diagpass.capture.aliases import forward_aliases
 from diagpass.capture.marks import module_of, source_line
+from diagpass.capture.masks import drop_causal_masks
 from diagpass.errors import ChainError, DiagpassError, SequentialError
 from diagpass.ir import CellGraph, Edge, Schedule
 from diagpass.lowering.emit import Emitted, emit
@@ -102,6 +103,8 @@ def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
 def prepare(gm: fx.GraphModule) -> None:
     """Bring a functional graph into the form that cells are found in, in place."""
     _drop_assertions(gm)
+    with stage("drop causal masks"):
+        drop_causal_masks(gm)
     with stage("forward aliases"):
         forward_aliases(gm)
     _views_to_reshapes(gm)

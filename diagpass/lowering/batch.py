@@ -117,7 +117,11 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
         for slot, is_shared, node in zip(
             kind.slots, shared, kind.body.graph.find_nodes(op="placeholder"), strict=True
         ):
-            examples.append(_example(slot.literal, slot.sources[0], is_shared, node.meta.get("val"), width))
+            if slot.literal:
+                dtype = torch.float64 if isinstance(slot.sources[0], float) else torch.int64
+                examples.append(torch.empty(width, dtype=dtype, device=device_of(kind)))
+            else:
+                examples.append(_example(is_shared, node.meta.get("val"), width))
         try:
             traced = make_fx(run)(*examples)
         except BatchingError as error:  # the interpreter appends its own trace
@@ -134,9 +138,13 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
     return traced, tuple(stacked_results)
 
 
-def _example(literal: bool, source: Any, is_shared: bool, value: Any, width: int) -> Any:
-    if literal:
-        return torch.empty(width, dtype=torch.float64 if isinstance(source, float) else torch.int64)
+def device_of(kind: Kind) -> torch.device:
+    """Where a kind's first tensor operand lies, and so the numbers that differ between its cells."""
+    values = (node.meta.get("val") for node in kind.body.graph.find_nodes(op="placeholder"))
+    return next((value.device for value in values if isinstance(value, torch.Tensor)), torch.device("cpu"))
+
+
+def _example(is_shared: bool, value: Any, width: int) -> Any:
     if not isinstance(value, torch.Tensor):
         if not is_shared:
             raise BatchingError("a Python number that differs between cells is computed at run time")

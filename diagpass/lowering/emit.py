@@ -23,7 +23,7 @@ from diagpass.analysis.cells import is_operation
 from diagpass.capture.aliases import NEWLY_SHARED
 from diagpass.errors import BatchingError
 from diagpass.ir import CellGraph, Group, Kind, Schedule
-from diagpass.lowering.batch import batch_kind
+from diagpass.lowering.batch import batch_kind, device_of
 from diagpass.lowering.weights import WeightPlan
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class _Emitter:
         operands = []
         for at, (slot, items, same) in enumerate(zip(kind.slots, sources, shared, strict=True)):
             if slot.literal:
-                operands.append(items[0] if same else self._number(items))
+                operands.append(items[0] if same else self._number(kind, items))
             elif same:
                 operands.append(self._value(items[0]))
             else:
@@ -280,14 +280,16 @@ class _Emitter:
             return parts[0]
         return self.graph.call_function(aten.cat.default, (parts, 0))
 
-    def _number(self, items: list[Any]) -> fx.Node:
+    def _number(self, kind: Kind, items: list[Any]) -> fx.Node:
         """A constant tensor of the numbers that differ from cell to cell."""
-        key = (type(items[0]), *items)
+        device = device_of(kind)
+        key = (type(items[0]), device, *items)
         if key not in self.numbers:
             name = f"numbers_{len(self.numbers)}"
             dtype = torch.float64 if isinstance(items[0], float) else torch.int64
             with unset_fake_temporarily():
-                self.root.register_buffer(name, torch.tensor(items, dtype=dtype), persistent=False)
+                numbers = torch.tensor(items, dtype=dtype, device=device)
+                self.root.register_buffer(name, numbers, persistent=False)
             self.numbers[key] = self.graph.get_attr(name)
         return self.numbers[key]
 

@@ -7,6 +7,7 @@ the operands that its cells share, and kept while programs are added.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,8 @@ import torch.fx as fx
 from diagpass.analysis.kinds import find_kinds, signature
 from diagpass.errors import BatchingError
 from diagpass.ir import Cell, Kind
-from diagpass.lowering.batch import batch_kind
+from diagpass.lowering.batch import batch_kind, device_of
+from diagpass.lowering.inplace import write_results
 from diagpass.lowering.weights import WeightPlan, even_runs, plan_weights
 from diagpass.options import Options
 from diagpass.rolled.program import StepProgram
@@ -28,6 +30,26 @@ from diagpass.runtime.stacks import WeightStacks
 log = logging.getLogger(__name__)
 
 Form = tuple[Callable[..., Any], tuple[bool, ...]]
+Fixed = tuple[torch.Tensor, bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Into:
+    """What runs a group and leaves its results in memory that it is given.
+
+    Attributes
+    ----------
+    number
+        Tells it from every other.
+    run
+        Takes the operands, then a tensor for each result.
+    results
+        Shape, data type and device of each result, with a leading group axis.
+    """
+
+    number: int
+    run: Callable[..., Any]
+    results: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
 
 
 class Kinds:
@@ -39,28 +61,38 @@ class Kinds:
         The cells of all programs; a cell's number is its place here.
     kinds
         The kinds over them.
+    device
+        Where they run; the CPU if on several devices.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.cells: list[Cell] = []
         self.kinds: tuple[Kind, ...] = ()
+        self.device = torch.device("cpu")
         self.notes: dict[str, None] = {}
         self._place: list[tuple[Kind, int]] = []
-        self._keys: dict[int, tuple] = {}
+        self._keys: dict[int, int] = {}
+        self._key_numbers: dict[tuple, int] = {}
+        self._traced: dict[tuple, tuple[fx.GraphModule, tuple[bool, ...]] | None] = {}
         self._forms: dict[tuple, Form | None] = {}
+        self._into: dict[tuple, Into | None] = {}
+        self._groups: dict[tuple[int, ...], list[tuple[Kind, list[int], list[int]]]] = {}
+        self._fixed: dict[tuple, list[Fixed | None]] = {}
+        self.runner: Any = None
         self._wrapped: dict[Any, Callable[..., Any]] = {}
         self._numbers: dict[fx.Node, int] = {}
         self._objects: list[torch.Tensor] = []
         self._by_id: dict[int, int] = {}
         self._boxes: dict[int, Box] = {}
+        self._fixed_boxes: set[int] = set()
         self._weights_of: dict[StepProgram, list[torch.Tensor]] = {}
         self._plan: WeightPlan | None = None
         self._rows: list[tuple[int, ...]] = []
         self._stacks: WeightStacks | None = None
         self._stacked: list[torch.Tensor] = []
         self._constants: dict[tuple, torch.Tensor] = {}
-        self._slices: dict[tuple, tuple[torch.Tensor, bool]] = {}
+        self._slices: dict[tuple, Fixed] = {}
 
     # Programs and their weights.
 
@@ -85,6 +117,7 @@ class Kinds:
         if known is not None:
             self.cells, self._weights_of = [], {}
             self._numbers, self._objects, self._by_id, self._boxes = {}, [], {}, {}
+            self._fixed_boxes = set()
         self._weights_of[program] = list(weights)
         placeholders = (
             node
@@ -107,15 +140,20 @@ class Kinds:
                 self._place[number] = (kind, member)
             first = self.cells[kind.cells[0]]
             literals = tuple(slot.literal for slot in kind.slots)
-            self._keys[kind.index] = (signature(first), kind.body.code, literals)
+            key = (signature(first), kind.body.code, literals)
+            self._keys[kind.index] = self._key_numbers.setdefault(key, len(self._key_numbers))
         self._plan = None
+        self._groups, self._fixed = {}, {}
+        devices = {device_of(kind) for kind in self.kinds}
+        self.device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         return known is not None
 
     def weight(self, node: fx.Node) -> Box:
         """What a program reads through a weight's placeholder; one box for a weight."""
         number = self._numbers[node]
         if number not in self._boxes:
-            self._boxes[number] = Box(self._objects[number])
+            box = self._boxes[number] = Box(self._objects[number])
+            self._fixed_boxes.add(id(box))
         return self._boxes[number]
 
     def is_weight(self, node: Any) -> bool:
@@ -144,13 +182,31 @@ class Kinds:
             a is not b for a, b in zip(found, self._stacked, strict=True)
         ):
             self._stacked = found
-            self._slices = {}
+            self._slices, self._groups, self._fixed = {}, {}, {}
 
     # Groups.
 
     def of(self, cell: int) -> tuple[Kind, int]:
         """A cell's kind and its place in it."""
         return self._place[cell]
+
+    def groups(self, cells: tuple[int, ...]) -> list[tuple[Kind, list[int], list[int]]]:
+        """Cells that may run together -> per group its kind, its positions in ``cells``, and its members."""
+        found = self._groups.get(cells)
+        if found is None:
+            by_kind: dict[int, list[int]] = {}
+            for at, cell in enumerate(cells):
+                by_kind.setdefault(self.of(cell)[0].index, []).append(at)
+            found = self._groups[cells] = [
+                (
+                    self.kinds[index],
+                    [places[at] for at in positions],
+                    [self.of(cells[places[at]])[1] for at in positions],
+                )
+                for index, places in by_kind.items()
+                for positions in self.split([cells[at] for at in places])
+            ]
+        return found
 
     def split(self, cells: Sequence[int]) -> list[list[int]]:
         """Cells of one kind -> groups (of positions) that read evenly spaced weights, of usual widths."""
@@ -163,7 +219,28 @@ class Kinds:
                 start += width
         return groups
 
-    def weights(self, kind: Kind, slot: int, cells: Sequence[int]) -> tuple[torch.Tensor, bool] | None:
+    def layers_of(self, kind: Kind) -> int:
+        """How many different weights the kind's cells read."""
+        return len({self._rows[cell] for cell in kind.cells})
+
+    def fixed(self, kind: Kind, cells: tuple[int, ...], members: tuple[int, ...]) -> list[Fixed | None]:
+        """Per slot, what a group reads at every call and whether its cells share that; None for values."""
+        key = (kind.index, cells)
+        found = self._fixed.get(key)
+        if found is None:
+            found = self._fixed[key] = [
+                (self.numbers(kind, tuple(slot.sources[member] for member in members)), False)
+                if slot.literal
+                else self.weights(kind, at, cells)
+                for at, slot in enumerate(kind.slots)
+            ]
+        return found
+
+    def is_fixed(self, box: Box) -> bool:
+        """Whether the box is a weight's."""
+        return id(box) in self._fixed_boxes
+
+    def weights(self, kind: Kind, slot: int, cells: Sequence[int]) -> Fixed | None:
         """A group's operand from the stacks and whether it is shared; None if no stack serves the slot."""
         assert self._plan is not None
         at = self._plan.serving.get((kind.index, slot))
@@ -174,18 +251,20 @@ class Kinds:
         if found is None:
             rows = self._plan.rows(kind, slot, cells) or []
             if len(set(rows)) == 1:
-                found = self._objects[self._plan.stacks[at].rows[rows[0]]], True
+                weight = self._objects[self._plan.stacks[at].rows[rows[0]]]
+                found = weight, True
             else:
                 found = self._stacked[at][rows[0] : rows[-1] + 1 : rows[1] - rows[0]], False
             self._slices[key] = found
         return found
 
-    def numbers(self, items: tuple[float, ...]) -> torch.Tensor:
+    def numbers(self, kind: Kind, items: tuple[float, ...]) -> torch.Tensor:
         """The numbers that differ from cell to cell as a tensor of shape (width,)."""
-        key = (type(items[0]), *items)
+        device = device_of(kind)
+        key = (type(items[0]), device, *items)
         if key not in self._constants:
             dtype = torch.float64 if isinstance(items[0], float) else torch.int64
-            self._constants[key] = torch.tensor(items, dtype=dtype)
+            self._constants[key] = torch.tensor(items, dtype=dtype, device=device)
         return self._constants[key]
 
     def single(self, kind: Kind) -> Callable[..., Any]:
@@ -196,15 +275,39 @@ class Kinds:
         """What runs a group, and which of its results are stacked; None if the kind has no batched form."""
         key = (self._keys[kind.index], width, shared)
         if key not in self._forms:
+            traced = self._trace(kind, width, shared, key)
+            self._forms[key] = traced and (
+                self._wrap(traced[0], f"kind{kind.index}_w{width}", key),
+                traced[1],
+            )
+        return self._forms[key]
+
+    def into(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> Into | None:
+        """What runs a group into given memory; None if the kind has no such form.
+
+        A group of one cell is that cell as it stands: the leading axis of 1 is taken off its operands.
+        """
+        key = (self._keys[kind.index], width, shared, "into")
+        if key not in self._into:
+            self._into[key] = None
+            traced = self._trace(kind, width, shared, key[:-1])
+            if traced is not None and all(traced[1]):
+                graph, results = write_results(traced[0])
+                run = self._wrap(graph, f"kind{kind.index}_w{width}", key)
+                self._into[key] = Into(len(self._into), run, results)
+        return self._into[key]
+
+    def _trace(
+        self, kind: Kind, width: int, shared: tuple[bool, ...], key: tuple
+    ) -> tuple[fx.GraphModule, tuple[bool, ...]] | None:
+        if key not in self._traced:
             try:
-                traced, stacked = batch_kind(kind, width, shared)
+                self._traced[key] = batch_kind(kind, width, shared)
             except BatchingError as error:
                 first = self.cells[kind.cells[0]]
                 self.notes[f"cells like {first.path} run unbatched: {error}"] = None
-                self._forms[key] = None
-            else:
-                self._forms[key] = self._wrap(traced, f"kind{kind.index}_w{width}", key), stacked
-        return self._forms[key]
+                self._traced[key] = None
+        return self._traced[key]
 
     def glue(self, module: fx.GraphModule, key: Any) -> Callable[..., Any]:
         """What runs a lump."""

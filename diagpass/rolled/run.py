@@ -26,12 +26,12 @@ import torch.fx as fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diagpass.capture import aliases
-from diagpass.ir import Kind
 from diagpass.lowering.emit import restride
 from diagpass.pipeline import Refusal
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import Lump, StepCell, StepProgram, is_number
-from diagpass.rolled.values import NOW, Box, Row, aggregate, derived, gather, read, union
+from diagpass.rolled.values import NOW, Box, aggregate, derived, read, union
+from diagpass.rolled.waves import PendingCell, runner
 
 log = logging.getLogger(__name__)
 
@@ -56,17 +56,6 @@ class NotAWeight(Conflict):
     def __init__(self, name: str) -> None:
         super().__init__(f"{name} was replaced by the step itself")
         self.name = name
-
-
-class _Cell:
-    """A cell of one segment that waits for its wave."""
-
-    __slots__ = ("boxes", "layer", "number", "order", "outputs", "segment")
-
-    def __init__(self, number: int, layer: int, segment: int, order: int) -> None:
-        self.number, self.layer, self.segment, self.order = number, layer, segment, order
-        self.boxes: dict[fx.Node, Any] = {}
-        self.outputs: dict[fx.Node, Box] = {}
 
 
 class Run:
@@ -94,7 +83,7 @@ class Run:
         self._advance: deque[tuple[int, int]] = deque(maxlen=4)  # base wave and cells of the last segments
         self._done = -1
         self._fresh = False
-        self._waves: dict[int, list[_Cell]] = {}
+        self._waves: dict[int, list[PendingCell]] = {}
         self._pending: dict[int, tuple[Callable[[], torch.Tensor | None], Box]] = {}
         self._held: dict[int, torch.Tensor] = {}
         self._written: dict[int, int] = {}
@@ -242,7 +231,7 @@ class Run:
         number = program.first_cell + unit.cell.index
         order = self.cells
         self.cells += 1
-        cell = _Cell(number, unit.cell.layer, self.segments, order)
+        cell = PendingCell(number, unit.cell.layer, self.segments, order)
         wave = floor
         read_boxes = []
         for node in unit.reads:
@@ -435,7 +424,7 @@ class Run:
                 if cells:
                     self._wave(cells)
 
-    def _wave(self, cells: list[_Cell]) -> None:
+    def _wave(self, cells: list[PendingCell]) -> None:
         cells.sort(key=lambda cell: (cell.layer, cell.segment))
         limit = self.max_width or len(cells)
         for start in range(0, len(cells), limit):
@@ -444,78 +433,7 @@ class Run:
             self.widest = max(self.widest, len(part))
             if self.dry:
                 continue
-            by_kind: dict[int, list[_Cell]] = {}
-            for cell in part:
-                by_kind.setdefault(self.kinds.of(cell.number)[0].index, []).append(cell)
-            for group in by_kind.values():
-                for positions in self.kinds.split([cell.number for cell in group]):
-                    self._group([group[at] for at in positions])
-
-    def _group(self, cells: list[_Cell]) -> None:
-        kind, _ = self.kinds.of(cells[0].number)
-        members = [self.kinds.of(cell.number)[1] for cell in cells]
-        literal = self.kinds.options.compiler == "inductor" and any(slot.literal for slot in kind.slots)
-        operands, shared = self._operands(kind, cells, members) if len(cells) > 1 or literal else (None, ())
-        form = None if operands is None else self.kinds.form(kind, len(cells), shared)
-        if form is not None:
-            run, stacked = form
-            results = run(*operands)  # type: ignore[misc]
-            for result, is_stacked, nodes in zip(results, stacked, kind.outputs, strict=True):
-                for row, (cell, member) in enumerate(zip(cells, members, strict=True)):
-                    node = nodes[member]
-                    if node is not None:
-                        cell.outputs[node].put(Row(result, row, len(cells)) if is_stacked else result)
-            self.batched_cells += len(cells) if len(cells) > 1 else 0
-            return
-        for cell, member in zip(cells, members, strict=True):
-            self._single(kind, cell, member)
-
-    def _operands(
-        self, kind: Kind, cells: list[_Cell], members: list[int]
-    ) -> tuple[list[Any] | None, tuple[bool, ...]]:
-        """What a group's form takes, and which of it all cells share; None if the group has no form.
-
-        A Python number is never passed to a form: it would be traced in.
-        """
-        operands, shared = [], []
-        numbers = [cell.number for cell in cells]
-        for at, slot in enumerate(kind.slots):
-            if slot.literal:
-                operands.append(self.kinds.numbers(tuple(slot.sources[member] for member in members)))
-                shared.append(False)
-                continue
-            served = self.kinds.weights(kind, at, numbers)
-            if served is not None:
-                operands.append(served[0])
-                shared.append(served[1])
-                continue
-            boxes = [
-                self._operand(slot.sources[member], cell) for cell, member in zip(cells, members, strict=True)
-            ]
-            first = boxes[0]
-            if not isinstance(first, Box):
-                path = self.kinds.cells[cells[0].number].path
-                self.kinds.notes[f"cells like {path} run unbatched: they read a Python number"] = None
-                return None, ()
-            same = all(box is first for box in boxes)
-            operands.append(first.tensor() if same else gather(boxes))
-            shared.append(same)
-        return operands, tuple(shared)
-
-    def _operand(self, source: fx.Node, cell: _Cell) -> Any:
-        found = cell.boxes.get(source)
-        return self.kinds.weight(source) if found is None else found
-
-    def _single(self, kind: Kind, cell: _Cell, member: int) -> None:
-        operands = []
-        for slot in kind.slots:
-            source = slot.sources[member]
-            box = source if slot.literal else self._operand(source, cell)
-            operands.append(box.tensor() if isinstance(box, Box) else box)
-        for result, nodes in zip(self.kinds.single(kind)(*operands), kind.outputs, strict=True):
-            node = nodes[member]
-            if node is not None:
-                cell.outputs[node].put(result)
+            self.batched_cells += runner(self.kinds, self.max_width)(part)
 
 
 class _LumpRun:

@@ -153,6 +153,13 @@ def gather(boxes: Sequence[Box]) -> torch.Tensor:
     values = [box.value for box in boxes]
     if all(type(value) is not Row for value in values):
         return torch.stack(values)
+    parts = parts_of(boxes)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def parts_of(boxes: Sequence[Box]) -> list[torch.Tensor]:
+    """The values of several cells as few tensors with a leading group axis, to be put together in order."""
+    values = [box.value for box in boxes]
     parts: list[torch.Tensor] = []
     start = 0
     while start < len(values):
@@ -174,4 +181,4 @@ def gather(boxes: Sequence[Box]) -> torch.Tensor:
         else:
             parts.append(first.stacked.narrow(0, first.index, stop - start))
         start = stop
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts

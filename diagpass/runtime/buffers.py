@@ -1,0 +1,83 @@
+"""Memory that keeps its address: buffers that are lent out and come back when nobody looks at them.
+
+A CUDA graph reads and writes the addresses that it was captured with. So what a group leaves for later waves
+lies in a buffer of a pool, and which one depends on nothing but which are free: two calls that do the same
+use the same addresses in the same order.
+
+A *loan* is a tensor over a buffer with a storage of its own. The buffer is free again when that storage is
+gone, that is, when no view of the loan is left anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+__all__ = ["Buffers"]
+
+
+class _Buffer:
+    """One piece of memory and what shows whether it is lent."""
+
+    __slots__ = ("_loan", "memory")
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self._loan: weakref.ref | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return self._loan is None or self._loan() is None
+
+    def lend(self, count: int) -> torch.Tensor:
+        loan = from_dlpack(to_dlpack(self.memory[:count]))
+        self._loan = weakref.ref(loan.untyped_storage())
+        return loan
+
+
+class Buffers:
+    """A pool of buffers, by whatever tells one sort from another.
+
+    Attributes
+    ----------
+    bytes
+        What all buffers take together.
+    """
+
+    def __init__(self) -> None:
+        self._sorts: dict[tuple, list[_Buffer]] = {}
+        self._addresses: set[int] = set()
+        self.bytes = 0
+
+    def lend(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, most: int) -> torch.Tensor:
+        """An uninitialised contiguous tensor of a shape; its memory is ours for as long as it is looked at.
+
+        Parameters
+        ----------
+        shape, dtype, device
+            Of the tensor; the first dimension may be shorter than the buffer.
+        most
+            The largest first dimension that such a tensor will have.
+        """
+        count, *rest = shape
+        key = (tuple(rest), dtype, device, max(most, count))
+        sort = self._sorts.setdefault(key, [])
+        size = max(count, most) * math.prod(rest)
+        for buffer in sort:
+            if buffer.is_free:
+                break
+        else:
+            with torch.inference_mode(False):
+                buffer = _Buffer(torch.empty(max(size, 1), dtype=dtype, device=device))
+            sort.append(buffer)
+            self._addresses.add(buffer.memory.data_ptr())
+            self.bytes += buffer.memory.numel() * buffer.memory.element_size()
+        return buffer.lend(max(count * math.prod(rest), 1))[: count * math.prod(rest)].view(tuple(shape))
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies in one of the buffers."""
+        return tensor.untyped_storage().data_ptr() in self._addresses

@@ -1,0 +1,192 @@
+"""Waves as replays: the same results when what a wave reads and writes lies at addresses that come again.
+
+A CUDA graph is stood in for by a tape that repeats the wave's groups on the memory, and on nothing but the
+memory, that they were recorded with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from diagpass import SegmentLoop
+from diagpass.rolled import run as run_module
+from diagpass.rolled.waves import Direct, Replayed, WaveWork
+from diagpass.runtime.buffers import Buffers
+from diagpass.runtime.replay import MOST, Replays
+from tests import rolled_models as models
+from tests.helpers import assert_state_same, assert_tree_same, fast_copy
+from tests.rolled_models import T
+
+CPU = torch.device("cpu")
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, held by nobody."""
+    size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    raw = (ctypes.c_byte * (size * tensor.element_size())).from_address(tensor.data_ptr())
+    return torch.frombuffer(raw, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+class Tape:
+    """Repeats a wave at the addresses that it was recorded with."""
+
+    def record(self, work: WaveWork) -> Callable[[], None]:
+        work()
+        jobs = [
+            (
+                job.into.run,
+                [
+                    [alias(part) for part in item] if isinstance(item, list) else alias(item)
+                    for item in job.operands
+                ],
+                [alias(item) for item in job.results],
+            )
+            for job in work.jobs
+        ]
+
+        def again() -> None:
+            for run, operands, results in jobs:
+                run(*(torch.cat(item) if isinstance(item, list) else item for item in operands), *results)
+
+        return again
+
+
+@pytest.fixture(autouse=True)
+def _replaying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def runner(kinds, max_width):
+        if max_width == 1:
+            return Direct(kinds)
+        if kinds.runner is None:
+            kinds.runner = Replayed(kinds, Tape())  # type: ignore[arg-type]
+        return kinds.runner
+
+    monkeypatch.setattr(run_module, "runner", runner)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a buffer held before is gone when it is lent: whoever still reads it fails."""
+    lend = Buffers.lend
+
+    def poisoned(self: Buffers, *args: Any) -> torch.Tensor:
+        loan = lend(self, *args)
+        return loan.fill_(float("nan")) if loan.is_floating_point() else loan.fill_(-1)
+
+    monkeypatch.setattr(Buffers, "lend", poisoned)
+
+
+def check(loop: SegmentLoop, fast: Any, x: Any, states: list[Any], rtol: float) -> None:
+    """A call of each; outputs and state agree."""
+    with torch.no_grad():
+        if loop.carries_state:
+            expected, states[0] = loop(x, states[0])
+            got, states[1] = fast(x, states[1])
+            assert_tree_same(states[1], states[0], rtol, "returned state")
+        else:
+            expected, got = loop(x), fast(x)
+    assert_tree_same(got, expected, rtol, "output")
+    assert_state_same(fast.original, loop, rtol, "state")
+
+
+@pytest.mark.parametrize("name", [name for name in models.ENTRIES if name != "one_layer"])
+def test_replayed_waves_compute_the_same(name: str) -> None:
+    loop = models.build(name)
+    fast = fast_copy(loop)
+    rtol = 1e-4 if models.expect(name).float32_inside else 1e-10
+    states: list[Any] = [None, None]
+    for call, length in enumerate((12 * T, 12 * T, 12 * T, 9 * T, 12 * T - 1, 9 * T)):
+        check(loop, fast, models.inputs(name, length, seed=call), states, rtol)
+    replays = fast._session.kinds.runner.replays
+    assert replays.replayed > 20, (replays.launched, replays.recorded, replays.replayed)
+
+
+@pytest.mark.parametrize("name", ["armt", "gru", "mamba", "stacked", "transformer_xl", "two_back"])
+def test_after_three_calls_all_is_replayed(name: str) -> None:
+    loop = models.build(name)
+    fast = fast_copy(loop)
+    x = models.inputs(name, 15 * T)
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x)
+        replays = fast._session.kinds.runner.replays
+        before = replays.launched, replays.recorded, fast._session.kinds.runner.buffers.bytes
+        fast(x)
+    assert (replays.launched, replays.recorded, fast._session.kinds.runner.buffers.bytes) == before
+
+
+def test_what_a_call_returned_survives_the_next_ones() -> None:
+    loop = models.build("gru")
+    fast = fast_copy(loop)
+    with torch.no_grad():
+        found = [fast(models.inputs("gru", 8 * T, seed=seed)) for seed in range(5)]
+        for seed, got in enumerate(found):
+            assert_tree_same(got, loop(models.inputs("gru", 8 * T, seed=seed)), 1e-10, "output")
+
+
+def test_streams_replay_and_hand_out_what_is_never_overwritten() -> None:
+    loop = models.build("armt")
+    fast = fast_copy(loop)
+    for seed in range(3):
+        x = models.inputs("armt", 14 * T, seed=seed)
+        with torch.no_grad():
+            got = list(fast.stream(x.split(T, dim=1)))
+            expected = list(loop.stream(x.split(T, dim=1)))
+        assert_tree_same(got, expected, 1e-4, "outputs")
+        assert_state_same(fast.original, loop, 1e-4, "state")
+    assert fast._session.kinds.runner.replays.replayed > 10
+
+
+def test_weights_edited_in_place_and_replaced_are_seen() -> None:
+    loop = models.build("gru")
+    fast = fast_copy(loop)
+    x = models.inputs("gru", 10 * T)
+    states: list[Any] = [None, None]
+    for edit in (lambda p: p.mul_(0.9), lambda p: setattr(p, "data", p.data * 0.9)):
+        for _ in range(3):
+            check(loop, fast, x, states, 1e-10)
+        for model in (loop, fast.original):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    edit(parameter)
+        check(loop, fast, x, states, 1e-10)
+
+
+def test_work_that_cannot_be_recorded_is_launched() -> None:
+    class Broken:
+        def record(self, work: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    replays, done = Replays(Broken()), []
+    for _ in range(3):
+        replays.run("key", lambda: done.append(1))
+    assert len(done) == 3 and replays.replayed == 0
+
+
+def test_the_number_of_replays_kept_is_bounded() -> None:
+    class Every:
+        def record(self, work: Any) -> Any:
+            work()
+            return work
+
+    replays = Replays(Every())
+    for key in range(3 * MOST):
+        replays.run(key, lambda: None)
+    assert len(replays._known) == MOST
+
+
+def test_a_buffer_is_lent_again_when_no_view_of_it_is_left() -> None:
+    buffers = Buffers()
+    first = buffers.lend((2, 3), torch.float32, CPU, 4)
+    address, view = first.data_ptr(), first[1].narrow(0, 1, 1)
+    del first
+    other = buffers.lend((4, 3), torch.float32, CPU, 4)
+    assert other.data_ptr() != address and buffers.holds(view) and not buffers.holds(torch.ones(2))
+    del view
+    assert buffers.lend((3, 3), torch.float32, CPU, 4).data_ptr() == address
+    assert buffers.bytes == 2 * 4 * 3 * 4
