@@ -186,3 +186,23 @@ class FullAttention:
             for weights in self.weights:
                 hidden = self.layer(*weights, hidden, *self.rotary)
             return self.llama.lm_head(self.llama.model.norm(hidden))
+
+
+def compiled_step(cell: AssociativeMemoryCell, segment_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The loop with its step under ``torch.compile``, as a user would write it.
+
+    The counter of each layer would make Dynamo compile anew at every segment; it is told not to.
+    """
+    import torch._dynamo.config
+
+    config: Any = torch._dynamo.config
+    config.allow_unspec_int_on_nn_module = True
+    step: Any = torch.compile(cell)
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            cell.zero_mem()
+            outs = [step(part)["logits"] for part in ids.split(segment_size, dim=1)]
+            return torch.cat(outs, dim=1)
+
+    return run

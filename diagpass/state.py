@@ -50,6 +50,10 @@ class Snapshot:
         """Whether the object with this ``id`` is one that :meth:`restore` puts back."""
         return number in self._seen
 
+    def changed(self) -> list[tuple[Any, Any]]:
+        """Containers and objects that hold other things than they did, each with what it held."""
+        return [(item, content) for item, content in self._containers if not _holds(item, content)]
+
     def restore(self, keep_setup: bool = False) -> None:
         """Put everything back, in place.
 
@@ -76,7 +80,7 @@ class Snapshot:
             if grown and isinstance(container, torch.nn.Module):
                 new = {name: value for name, value in vars(container).items() if name not in content}
                 content = {**content, **{name: True for name, value in new.items() if value is True}}
-            _refill(container, content)
+            put_back(container, content)
         with torch.no_grad():
             for tensor, value, version, needed_grad in self._tensors:
                 if tensor.requires_grad and not needed_grad:
@@ -104,14 +108,25 @@ class Snapshot:
                     value = item.detach().clone()
                     self._tensors.append((item, value, item._version, item.requires_grad))
                 continue
-            content = _content(item)
+            content = contents_of(item)
             if content is None:
                 continue
             self._containers.append((item, content))
             pending.extend(_children(item))
 
 
-def _content(item: Any) -> Any:
+def _holds(item: Any, content: Any) -> bool:
+    """Whether a container holds the very same things as when ``content`` was taken."""
+    now = contents_of(item)
+    if isinstance(content, dict):
+        return list(now) == list(content) and all(now[key] is value for key, value in content.items())
+    if isinstance(content, set):
+        return now == content
+    return len(now) == len(content) and all(a is b for a, b in zip(now, content, strict=True))
+
+
+def contents_of(item: Any) -> Any:
+    """A shallow copy of what a container or object holds; None for what holds nothing."""
     if isinstance(item, (dict, list, set, deque)):
         return item.copy()
     if isinstance(item, tuple):
@@ -130,7 +145,8 @@ def _children(item: Any) -> Iterator[Any]:
         yield from vars(item).values()
 
 
-def _refill(container: Any, content: Any) -> None:
+def put_back(container: Any, content: Any) -> None:
+    """Give a container or object the contents that it had."""
     if isinstance(container, dict):
         container.clear()
         container.update(content)

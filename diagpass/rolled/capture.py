@@ -17,6 +17,7 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from torch._guards import TracingContext
 
 from diagpass.capture import dynamo, functional
+from diagpass.capture.effects import Effects, effects
 from diagpass.errors import CaptureError
 
 __all__ = ["StepGraph", "capture"]
@@ -43,6 +44,8 @@ class StepGraph:
         that has its memory to itself; inputs are counted too (see ``input_groups``).
     input_groups
         Input position to group number, for inputs that returned values share memory with.
+    effects
+        What it leaves in Python objects.
     """
 
     graph: fx.GraphModule
@@ -52,6 +55,7 @@ class StepGraph:
     passed: tuple[int | None, ...]
     groups: tuple[int | None, ...]
     input_groups: dict[int, int]
+    effects: Effects
 
 
 class _Found(Exception):
@@ -121,6 +125,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str]
         passed=passed,
         groups=groups,
         input_groups=input_groups,
+        effects=effects(),
     )
 
 

@@ -29,6 +29,7 @@ from diagpass.loop import (
     cut,
     join,
     length_of,
+    one_step,
     own,
     split_result,
 )
@@ -41,6 +42,7 @@ from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight, Run
 from diagpass.rolled.session import StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
+from diagpass.rolled.undo import Undo
 from diagpass.rolled.view import Carried, View
 from diagpass.state import Snapshot
 from diagpass.transformed import (
@@ -112,12 +114,13 @@ class TransformedLoop(Transformed):
                 self._refuse_because(stopped, _key(self, segments[0], kwargs))
         return self._last
 
-    def _dry_run(self, segments: list[Any], state: Any, kwargs: dict) -> Run:
+    def _dry_run(self, segments: list[Any], state: Any, kwargs: dict, reset: bool = True) -> Run:
         """Record a call without running anything; the state stays as it is."""
         before = Snapshot(self._original.step)
         try:
             while True:
-                self._original.reset_step()
+                if reset:
+                    self._original.reset_step()
                 run = Run(self._session.kinds, self._options.max_width, dry=True)
                 try:
                     for _ in self._record(run, segments, Carried(state), kwargs):
@@ -146,18 +149,13 @@ class TransformedLoop(Transformed):
             if self._options.verify and key not in self._verified:
                 self.verify(inputs, state, **kwargs)
                 self._verified.add(key)
-            before = Snapshot(loop.step, values=loop.reset is not None)
             try:
                 result, run = self._deferred(segments, state, kwargs, self._options.max_width)
             except _STOPS as stopped:
-                before.restore()
                 narrow = isinstance(stopped, Conflict) and stopped.refusal is not None
-                whole = self._dry_run(segments, state, kwargs) if narrow else None
+                whole = self._dry_run(segments, state, kwargs, reset=False) if narrow else None
                 self._refuse_because(stopped, key, whole)
-                return loop(inputs, state, **kwargs)
-            except BaseException:
-                before.restore()
-                raise
+                return _go_on(loop, segments, state, kwargs)
             self._remember(run, "wavefront")
             return result
 
@@ -169,23 +167,26 @@ class TransformedLoop(Transformed):
         Raises
         ------
         CaptureFailed, Refused, Conflict
-            It has to run as it stands; attributes may be half-written.
+            It has to run as it stands, from the state after the reset.
         """
         loop = self._original
+        self._begin()
         while True:
-            before = Snapshot(loop.step, values=False)
-            self._begin()
             run = Run(self._session.kinds, max_width)
+            run.undo = Undo(loop.step, whole=not self._session.programs)
             carried = Carried(state)
             try:
                 outputs = [out for done in self._record(run, segments, carried, kwargs) for out in done]
                 self._check_width(run)
+                outputs += run.drain()
+                run.finish()
             except NotAWeight as found:
-                before.restore()
+                run.undo.restore()
                 self._take_for_state(found.name)
                 continue
-            outputs += run.drain()
-            run.finish()
+            except BaseException:
+                run.undo.restore()
+                raise
             joined = join(outputs, loop.dim)
             return ((joined, carried.value) if loop.carries_state else joined), run
 
@@ -270,7 +271,8 @@ class TransformedLoop(Transformed):
             self._check_whole()
             view = View(loop.step)
             self._begin()
-            view.leave()
+            view.begin()
+            run.undo = view
             number = loop._runs
         complete = False
         records_gradients = torch.is_grad_enabled()
@@ -283,7 +285,7 @@ class TransformedLoop(Transformed):
                         plain = True
                     else:
                         try:
-                            for done in self._record(run, [segment], carried, kwargs, own=True):  # noqa: B007
+                            for done in self._record(run, [segment], carried, kwargs, stream=True):  # noqa: B007
                                 pass
                         except _STOPS as stopped:
                             if isinstance(stopped, NotAWeight):
@@ -318,18 +320,26 @@ class TransformedLoop(Transformed):
                 self.__dict__["_broken"] = f"a stream was abandoned or failed after {run.segments} segments"
 
     def _record(
-        self, run: Run, segments: Iterable[Any], carried: Carried, kwargs: dict, own: bool = False
+        self, run: Run, segments: Iterable[Any], carried: Carried, kwargs: dict, stream: bool = False
     ) -> Iterator[list[Any]]:
         """Send segments through the step; yield the outputs that are complete after each.
 
-        With ``own`` the segments are copied: their memory may be used for the next one.
+        In a stream the segments are copied, for their memory may be used for the next one, and Dynamo is
+        asked about each, for others may have changed what guards ask about.
         """
         loop = self._original
         for segment in segments:
             self._check_width(run)  # before: a stream that stops here runs this segment as it stands
-            segment = tree_map(functools.partial(_fixed, own=own), segment)
+            segment = tree_map(functools.partial(_fixed, own=stream), segment)
+            if not stream and run.repeat.record(segment):
+                run.fresh_captures = 0
+                run.advance()
+                yield run.take()
+                continue
+            run.repeat.settle()
             args = (segment, carried.value) if loop.carries_state else (segment,)
             run.guard_inputs(segment)
+            run.scope = {"model": loop.step, "args": args, "kwargs": kwargs}
             captures = self._session.captures
             result = self._step(run, args, kwargs)
             state = carried.value
@@ -337,6 +347,8 @@ class TransformedLoop(Transformed):
                 result, state = split_result(result, loop.step)
             run.outputs(result)
             carried.value = state
+            if not stream:
+                run.repeat.saw(segment, result, state, run.scope, run.last)
             fresh = self._session.captures > captures
             run.fresh_captures = run.fresh_captures + 1 if fresh else 0
             if not fresh:  # learn what comes next before anything is compiled
@@ -453,10 +465,13 @@ class TransformedLoop(Transformed):
 
     def _check_width(self, run: Run) -> None:
         """Stop where the steady state leaves no width, unless the wavefront was asked for."""
-        if self._options.schedule != "auto" or run.dry or run.fresh_captures or run.segments < 4:
-            return
-        if run.steady_width() < LEAST_MEAN_WIDTH:
+        if not self._is_wide(run):
             raise Conflict("", narrowness(run))
+
+    def _is_wide(self, run: Run) -> bool:
+        if self._options.schedule != "auto" or run.dry or run.fresh_captures or run.segments < 4:
+            return True
+        return run.steady_width() >= LEAST_MEAN_WIDTH
 
     def _remember(self, run: Run, ran: str | None) -> None:
         self.__dict__["_last"] = rolled_report(run, self._session, None, ran)
@@ -478,6 +493,16 @@ def explain_loop(loop: SegmentLoop, args: tuple, kwargs: dict) -> Report:
 
 
 _STOPS = (CaptureFailed, Refused, Conflict)
+
+
+def _go_on(loop: SegmentLoop, segments: Iterable[Any], state: Any, kwargs: dict) -> Any:
+    """The sequential call of a loop, from the state that is there."""
+    outputs: list[Any] = []
+    for segment in segments:
+        output, state = one_step(loop, segment, state, kwargs, outputs[-1:])
+        outputs.append(output)
+    joined = join(outputs, loop.dim)
+    return (joined, state) if loop.carries_state else joined
 
 
 def _plainly(

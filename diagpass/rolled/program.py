@@ -8,6 +8,7 @@ mask, the head. It runs as one graph, when somebody reads one of its results. A 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -104,6 +105,11 @@ class StepProgram:
     returned: tuple[Output, ...]
     constants: dict[fx.Node, torch.Tensor]
     first_cell: int = 0
+
+    @functools.cached_property
+    def moving(self) -> tuple[int, ...]:
+        """Positions of the inputs that are not weights."""
+        return tuple(at for at, is_weight in enumerate(self.step.weights) if not is_weight)
 
 
 def make_program(step: StepGraph, options: Options) -> StepProgram:

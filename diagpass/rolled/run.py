@@ -30,7 +30,10 @@ from diagpass.lowering.emit import restride
 from diagpass.pipeline import Refusal
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import Lump, StepCell, StepProgram, is_number
+from diagpass.rolled.repeat import Repeat
+from diagpass.rolled.undo import Undo
 from diagpass.rolled.values import NOW, Box, aggregate, derived, read, union
+from diagpass.rolled.view import View
 from diagpass.rolled.waves import PendingCell, runner
 
 log = logging.getLogger(__name__)
@@ -94,6 +97,10 @@ class Run:
         self._handed_out: dict[int, weakref.ref] = {}
         self._weights_of: dict[StepProgram, tuple] = {}
         self._lumps: dict[Any, tuple[list, list[Box]]] = {}
+        self.undo: Undo | View | None = None
+        self.scope: dict[str, Any] = {}
+        self.repeat = Repeat(self)
+        self.last: tuple[StepProgram, Sequence[Any], list[Any]] | None = None
         self._waiting: deque[tuple[Any, int, list[tuple[torch.Tensor, Box]]]] = deque()
 
     # Recording.
@@ -114,14 +121,38 @@ class Run:
             The captured graph's results, tensors being tokens.
         """
         begin = time.perf_counter()
+        if self.undo is not None:
+            self.undo.note(program.step.effects, self.scope)
         self._check_weights(program, args)
         for at in program.step.written:
             self._check_write(program.step.names[at], args[at])
+        inputs = [
+            self.value_of(args[at]) if isinstance(args[at], torch.Tensor) else args[at]
+            for at in program.moving
+        ]
+        results = self._results(program, args, self.core(program, inputs))
+        self.last = program, args, results
+        self.seconds += time.perf_counter() - begin
+        return results
+
+    def core(self, program: StepProgram, inputs: Sequence[Any]) -> dict[Any, Any]:
+        """Record the cells and glue of one segment.
+
+        Parameters
+        ----------
+        program
+            What the segment does.
+        inputs
+            Per input of the graph that is no weight its box or number (``program.moving``).
+
+        Returns
+        -------
+        dict
+            Per node its box or number.
+        """
         boxes: dict[Any, Any] = {node: Box(value) for node, value in program.constants.items()}
-        for node, is_weight, value in zip(program.placeholders, program.step.weights, args, strict=True):
-            if is_weight:
-                continue
-            boxes[node] = self._input(value) if isinstance(value, torch.Tensor) else value
+        for at, value in zip(program.moving, inputs, strict=True):
+            boxes[program.placeholders[at]] = value
         for node, source, dim, start, stop, drop in program.reads:
             found = read(boxes[source], dim, start, stop, drop)
             if found is None:
@@ -136,10 +167,8 @@ class Run:
                 base = wave if base is None else min(base, wave)
         self._floor = (floor if base is None else base) + 1
         self._advance.append((self._floor, len(program.cells)))
-        results = self._results(program, args, boxes)
         self.segments += 1
-        self.seconds += time.perf_counter() - begin
-        return results
+        return boxes
 
     def _check_weights(self, program: StepProgram, args: Sequence[Any]) -> None:
         found = self._weights_of.get(program)
@@ -160,7 +189,8 @@ class Run:
             if args[place] is not weight:
                 raise NotAWeight(program.step.names[place])
 
-    def _input(self, value: torch.Tensor) -> Box:
+    def value_of(self, value: torch.Tensor) -> Box:
+        """The box of a tensor that a segment reads."""
         found = self._pending.get(id(value))
         if found is not None and found[0]() is value:
             return found[1]
@@ -172,7 +202,7 @@ class Run:
             raise AssertionError("a token without a value")
         return Box(value)
 
-    def _value(self, node: Any, boxes: dict[Any, Any]) -> Any:
+    def value(self, node: Any, boxes: dict[Any, Any]) -> Any:
         """A box, or a number, for a node."""
         if not isinstance(node, fx.Node):
             return node
@@ -182,7 +212,7 @@ class Run:
         if self.kinds.is_weight(node):
             return self.kinds.weight(node)
         if is_number(node) and node.op == "call_function":
-            arguments = fx.map_arg((node.args, node.kwargs), lambda source: self._value(source, boxes))
+            arguments = fx.map_arg((node.args, node.kwargs), lambda source: self.value(source, boxes))
             target: Any = node.target
             boxes[node] = target(*arguments[0], **arguments[1])
             return boxes[node]
@@ -195,7 +225,7 @@ class Run:
         dim, pieces = node.args
         parts: list[tuple[Box, int, int, bool]] = []
         for source, start, stop, unit in pieces:  # type: ignore[union-attr]
-            box = self._value(source, boxes)
+            box = self.value(source, boxes)
             inner = None if unit or box.parts is None or box.parts[0] != dim else box.parts[1]
             if inner is None:
                 parts.append((box, start, stop, unit))
@@ -210,7 +240,7 @@ class Run:
 
     def _lump(self, lump: Lump, boxes: dict[Any, Any]) -> None:
         """Make boxes for a lump's results; those of a lump with the same inputs as before are taken again."""
-        inputs = [self._value(node, boxes) for node in lump.inputs]
+        inputs = [self.value(node, boxes) for node in lump.inputs]
         now = [box.value if isinstance(box, Box) and box.is_plain else box for box in inputs]
         fixed = all(not isinstance(box, Box) or box.ready == NOW for box in inputs)
         if fixed:
@@ -235,7 +265,7 @@ class Run:
         wave = floor
         read_boxes = []
         for node in unit.reads:
-            box = self._value(node, boxes)
+            box = self.value(node, boxes)
             cell.boxes[node] = box
             if isinstance(box, Box):
                 read_boxes.append(box)
@@ -267,17 +297,11 @@ class Run:
                     self._held[id(value)] = value
                 results.append(value)
                 continue
-            box = self._value(out.node, boxes)
+            box = self.value(out.node, boxes)
             if not isinstance(box, Box) or not isinstance(out.node, fx.Node):
                 results.append(box)
                 continue
-            example = out.node.meta["val"]
-            token = torch.empty_strided(
-                [int(size) for size in example.shape],
-                [int(step) for step in example.stride()],
-                dtype=example.dtype,
-                device=example.device,
-            )
+            token = self.token(out.node)
             self._set(token, box)
             self._tokens.add(id(token))
             if out.group is not None:
@@ -286,9 +310,29 @@ class Run:
                 self._families[id(token)] = family
             results.append(token)
         for at, node in zip(program.step.written, program.updates, strict=True):
-            self._write(args[at], self._value(node, boxes))
+            self._write(args[at], self.value(node, boxes))
             self._rewritten.add(id(args[at]))
         return results
+
+    def token(self, node: fx.Node) -> torch.Tensor:
+        """A tensor like the one that a node stands for, with no contents yet."""
+        example = node.meta["val"]
+        return torch.empty_strided(
+            [int(size) for size in example.shape],
+            [int(step) for step in example.stride()],
+            dtype=example.dtype,
+            device=example.device,
+        )
+
+    def stand_for(self, tensor: torch.Tensor | None, box: Any, written: bool) -> None:
+        """Say what a tensor that the step keeps, or writes in place, will hold; None if it is gone."""
+        if tensor is None or not isinstance(box, Box):
+            return
+        if written:
+            self._write(tensor, box)
+            self._rewritten.add(id(tensor))
+        elif id(tensor) in self._pending or id(tensor) in self._tokens:
+            self._set(tensor, box)
 
     def _family(self, value: torch.Tensor) -> list[weakref.ref]:
         """The tensors that share memory with ``value``, itself among them."""
@@ -364,6 +408,11 @@ class Run:
             ready = max(ready, box.ready)
         self._waiting.append((tree_unflatten(leaves, spec), ready, tokens))
 
+    def wait_for(self, value: Any, tokens: list[tuple[torch.Tensor, Box]]) -> None:
+        """Say that a recorded segment's result is ``value``, which holds these tokens."""
+        ready = max((box.ready for _, box in tokens), default=NOW)
+        self._waiting.append((value, ready, tokens))
+
     def steady_width(self) -> float:
         """Cells per wave, from the last segments recorded."""
         if not self._advance:
@@ -400,6 +449,7 @@ class Run:
 
     def finish(self) -> None:
         """Put the final state where the step keeps it."""
+        self.repeat.settle()
         found = []
         for reference, box in list(self._pending.values()):
             tensor = reference()

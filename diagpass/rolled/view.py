@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from diagpass.state import Snapshot
+from diagpass.capture.effects import Effects, resolve
+from diagpass.state import Snapshot, contents_of, put_back
 
 
 @dataclasses.dataclass
@@ -21,27 +23,62 @@ class View:
     """A stream's view of the step's attributes, put in place while the stream works.
 
     Outside they are what they were before the stream, so that half-written state is never seen and what is
-    done to them between two outputs does not disturb the stream.
+    done to them between two outputs does not disturb the stream. Only objects that the stream changed are
+    swapped, where it is known which; else all that the step holds.
     """
 
     def __init__(self, step: torch.nn.Module) -> None:
         self._step = step
-        self._outside = Snapshot(step, values=False)
-        self._inside: Snapshot | None = None
+        self._outside: dict[int, tuple[Any, Any]] = {}
+        self._inside: dict[int, tuple[Any, Any]] = {}
+        self._all_outside: Snapshot | None = Snapshot(step, values=False)
+        self._all_inside: Snapshot | None = None
+        self._swaps_all = False
         self._kept = False
+
+    def begin(self) -> None:
+        """Take the view away for the first time, after the reset."""
+        assert self._all_outside is not None
+        self._outside = {id(item): (item, content) for item, content in self._all_outside.changed()}
+        self.leave()
+        self._all_outside = None
+
+    def note(self, effects: Effects, scope: Mapping[str, Any]) -> None:
+        """Remember what is about to be changed; ``scope`` holds what its names begin with."""
+        if self._swaps_all:
+            return
+        try:
+            owners = [resolve(name, scope) for name in effects.owners or ()]
+        except LookupError:
+            owners = None
+        if owners is None or effects.owners is None:
+            self._swaps_all, self._all_outside = True, Snapshot(self._step, values=False)
+            return
+        for owner in owners:
+            if id(owner) not in self._outside:
+                self._outside[id(owner)] = owner, contents_of(owner)
 
     def leave(self) -> None:
         """Take the stream's view away."""
-        self._inside = Snapshot(self._step, values=False)
-        self._outside.restore()
+        self._inside = {key: (owner, contents_of(owner)) for key, (owner, _) in self._outside.items()}
+        if self._swaps_all and self._all_outside is not None:
+            self._all_inside = Snapshot(self._step, values=False)
+            self._all_outside.restore()
+        for owner, contents in self._outside.values():
+            put_back(owner, contents)
 
     def keep(self) -> None:
         """Let the stream's view stay: it is whole."""
         self._kept = True
 
     def __enter__(self) -> None:
-        if self._inside is not None:
-            self._inside.restore()
+        if self._swaps_all:
+            self._all_outside = Snapshot(self._step, values=False)
+            if self._all_inside is not None:
+                self._all_inside.restore()
+        self._outside = {key: (owner, contents_of(owner)) for key, (owner, _) in self._inside.items()}
+        for owner, contents in self._inside.values():
+            put_back(owner, contents)
 
     def __exit__(self, *error: Any) -> None:
         if not self._kept:

@@ -1,0 +1,181 @@
+"""Measure, merge and show: ``python -m benchmarks run``, ``table``, ``breakdown``.
+
+A *shard* is one preset and segment size with all its lengths; it builds its model once, measures every
+baseline itself, in turns with the wavefront, and appends a row of JSON for each length to a file. A shard that
+was cut off goes on where it stopped. ``table`` merges any number of such files.
+
+    python -m benchmarks run --preset 1B --segment 1024 --tokens 8192,32768,131072 --out results/1B-1024.json
+    python -m benchmarks table results/*.json --markdown docs/performance.md
+    python -m benchmarks breakdown --preset 1B --segment 1024
+    python -m benchmarks run --preset tiny --segment 64 --tokens 4096 --device cpu --out results/cpu.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import diagpass
+from benchmarks.baselines import FullAttention, StrongestSequential, compiled_step
+from benchmarks.measure import matmul_rate, medians, peak_bytes, relative_error, seconds, synchronize
+from benchmarks.presets import PRESETS, flops, make_cell, make_ids, make_llama
+from benchmarks.table import as_markdown, print_rows
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+def _logits(result: Any) -> torch.Tensor:
+    return result["logits"] if isinstance(result, dict) else result
+
+
+def _load(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+@app.command()
+def run(
+    preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS))] = "1B",
+    segment: Annotated[int, typer.Option(help="Tokens of a segment, memory tokens not counted")] = 1024,
+    tokens: Annotated[str, typer.Option(help="Lengths, with commas between")] = "8192,32768,131072",
+    out: Annotated[Path, typer.Option(help="The file of rows to add to")] = Path("results.json"),
+    device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
+    head: Annotated[bool, typer.Option(help="With the real head, all logits")] = False,
+    baselines: Annotated[str, typer.Option(help="Which baselines to run")] = "strongest,full,eager",
+    budget: Annotated[float, typer.Option(help="Seconds of timing for a length")] = 5.0,
+) -> None:
+    """Measure one shard."""
+    wanted = set(baselines.split(","))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shape = PRESETS[preset]
+    rows = _load(out)
+    done = {(row["preset"], row["segment"], row["tokens"], row["head"], row["device"]) for row in rows}
+    lengths = [int(part) for part in tokens.split(",")]
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    lengths = [length for length in lengths if (preset, segment, length, head, name) not in done]
+    if not lengths:
+        return
+    torch.set_grad_enabled(False)
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    cell = make_cell(shape, segment, device, dtype, head)
+    model_bytes = sum(p.numel() * p.element_size() for p in cell.parameters())
+    loop = diagpass.SegmentLoop(cell, segment, reset="zero_mem")
+    fast = diagpass.transform(loop)
+    ids = make_ids(shape, lengths[-1], device)
+    cold = seconds(lambda: fast(ids), device)
+    fast(ids)
+    static = _static(before, device)
+    strongest = StrongestSequential(cell, segment) if "strongest" in wanted else None
+    step = compiled_step(cell, segment) if "compiled" in wanted else None
+    rate = matmul_rate(device, dtype)
+    for length in lengths:
+        ids = make_ids(shape, length, device)
+        new = seconds(lambda: fast(ids), device)
+        sides: dict[str, Any] = {"wavefront": lambda: fast(ids)}
+        if strongest is not None:
+            sides["strongest"] = lambda: strongest(ids)
+        if step is not None:
+            sides["compiled"] = lambda: step(ids)
+        if "eager" in wanted and length <= 32 * segment:
+            sides["eager"] = lambda: loop(ids)
+        full = None
+        if "full" in wanted and (device == "cuda" or length <= 8192):
+            full = FullAttention(make_llama(shape, length, device, dtype, head), ids)
+            sides["full"] = lambda: full(ids)
+        for side in sides.values():
+            for _ in range(2):
+                side()
+        times = medians(sides, device, budget)
+        error = None
+        if strongest is not None:
+            error = relative_error(_logits(fast(ids)), strongest(ids))
+        amount = flops(shape, segment, length, head)
+        row = {
+            "case": f"{preset}, segment {segment}, {length} tokens",
+            "preset": preset,
+            "segment": segment,
+            "tokens": length,
+            "head": head,
+            "device": name,
+            "torch": torch.__version__,
+            "ran": fast.report.ran,
+            "ms": times["wavefront"],
+            "tokens_per_s": length / times["wavefront"] * 1e3,
+            "baselines_ms": {key: value for key, value in times.items() if key != "wavefront"},
+            "ratios": {key: value / times["wavefront"] for key, value in times.items() if key != "wavefront"},
+            "matmul_flops": rate,
+            "limit_ms": 1e3 * amount / rate,
+            "fraction_of_rate": amount / rate / (times["wavefront"] * 1e-3),
+            "peak_bytes": peak_bytes(lambda: fast(ids), device),
+            "model_bytes": model_bytes,
+            "static_bytes": static,
+            "cold_s": cold,
+            "new_length_s": new - times["wavefront"] * 1e-3,
+            "difference_to_strongest": error,
+            "measured": time.strftime("%Y-%m-%d"),
+        }
+        rows.append(row)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(rows, indent=1))
+        print_rows([row])
+        del full, sides
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _static(before: int, device: str) -> int:
+    if device != "cuda":
+        return 0
+    synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated() - before
+
+
+@app.command()
+def table(
+    files: Annotated[list[Path], typer.Argument(help="Files of rows")],
+    markdown: Annotated[Path | None, typer.Option(help="Write a page with the table here")] = None,
+) -> None:
+    """Merge rows and show them."""
+    rows = [row for path in files for row in _load(path)]
+    print_rows(rows)
+    if markdown is not None:
+        markdown.write_text(as_markdown(rows))
+
+
+@app.command()
+def breakdown(
+    preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS))] = "1B",
+    segment: Annotated[int, typer.Option(help="Tokens of a segment")] = 1024,
+    segments: Annotated[int, typer.Option(help="How many")] = 32,
+    top: Annotated[int, typer.Option(help="Kernels to show")] = 20,
+) -> None:
+    """Say which kernels take the time of a wave of the steady state, and how long the device waits."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.set_grad_enabled(False)
+    shape = PRESETS[preset]
+    cell = make_cell(shape, segment, "cuda", torch.bfloat16)
+    fast = diagpass.transform(diagpass.SegmentLoop(cell, segment, reset="zero_mem"))
+    ids = make_ids(shape, segments * segment, "cuda")
+    for _ in range(4):
+        fast(ids)
+    whole = seconds(lambda: fast(ids), "cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        fast(ids)
+        torch.cuda.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda item: -item.device_time_total)
+    busy = sum(item.device_time_total for item in kernels) / 1e3
+    typer.echo(f"{segments} segments: {whole * 1e3:.2f} ms, kernels {busy:.2f} ms")
+    for item in kernels[:top]:
+        share = item.device_time_total / 1e3
+        typer.echo(f"{share:9.3f} ms {100 * share / busy:5.1f} % {item.count:6d} x {item.key[:90]}")
+
+
+if __name__ == "__main__":
+    app()

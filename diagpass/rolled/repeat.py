@@ -1,0 +1,351 @@
+"""Segments that do what the last ones did: recorded from what those were, without asking Dynamo again.
+
+Asking is sound but slow: guards are checked, Python objects written, tokens made. It can be left out where
+the answer is known. Say that a captured behaviour has run on segments s - 1, s and s + 1, that its effects on
+Python objects are *closed* (:mod:`diagpass.capture.effects`), and that each of its inputs came, at both
+transitions, from the same place: a result of the segment before, an input of the segment before, the segment
+itself, or nowhere, being the same object. Then the Python state at the end of s + 1 is that at its beginning,
+but for tensors and for counters that no guard asks about; and the tensors have the properties of those
+before, since they come from the same outputs of the same graph. So the guards that held will hold, the same
+graph will be chosen and its inputs will come from the same places, by induction for any number of segments.
+
+``Repeat.saw`` looks at each segment that Dynamo was asked about; ``Repeat.record`` records one more of the
+same, or says that it is another one; ``Repeat.settle`` brings tokens and counters up to date, before Dynamo
+is asked again and at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from diagpass.capture.effects import resolve
+from diagpass.rolled.program import StepProgram
+from diagpass.rolled.values import Box
+
+__all__ = ["Origin", "Repeat"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where an input comes from: ``"segment"`` (leaf ``at`` of it), ``"result"`` or ``"input"`` ``at`` of the
+    segment before, ``"same"`` (an object or number that does not change), or ``"counter"`` (grown by ``at``).
+    """
+
+    place: str
+    at: int = 0
+
+
+@dataclasses.dataclass
+class _Seen:
+    """A segment that Dynamo was asked about; tensors are remembered without keeping them."""
+
+    program: StepProgram
+    args: list[Any]
+    results: list[Any]
+    origins: list[Origin] | None
+    described: list[Any]
+
+
+@dataclasses.dataclass
+class _Steady:
+    """What is known once segments repeat."""
+
+    program: StepProgram
+    origins: list[Origin]
+    entry: list[Any]
+    leaves: list[Any]
+    spec: TreeSpec
+    result_leaves: list[Any]
+    result_spec: TreeSpec
+    handed_out: dict[int, int]  # leaf of the result -> result of the graph
+    args: list[Any]
+    results: list[Any]
+    counters: list[tuple[Any, str, int]]
+    before: list[Any]
+    last: list[Any]
+    count: int = 0
+
+
+class Repeat:
+    """Watches the segments of one run, and records those that repeat.
+
+    Parameters
+    ----------
+    run
+        The :class:`~diagpass.rolled.run.Run`.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._last: _Seen | None = None
+        self._steady: _Steady | None = None
+        self.recorded = 0
+
+    # Watching.
+
+    def saw(
+        self, segment: Any, result: Any, state: Any, scope: Mapping[str, Any], last: tuple | None
+    ) -> None:
+        """Look at a segment that was recorded by way of Dynamo.
+
+        Parameters
+        ----------
+        segment, result, state
+            What the step was given, what it returned, and the state that it passed on.
+        scope
+            The names that Dynamo's sources begin with.
+        last
+            The program, its inputs and its results; None if nothing was recorded.
+        """
+        before, self._last, self._steady = self._last, None, None
+        if last is None:
+            return
+        program, args, results = last
+        args = [args[at] for at in program.moving]
+        found = program.step.effects
+        if not found.closed or (program.step.written and any(g is not None for g in program.step.groups)):
+            return
+        leaves, spec = tree_flatten(segment)
+        origins: list[Origin] | None = None
+        if before is not None and before.program is program:
+            origins = _origins(before, program, args, leaves)
+        described = [_description(value) for value in args]
+        seen = self._last = _Seen(
+            program,
+            [_weak(value) for value in args],
+            [_weak(value) for value in results],
+            origins,
+            described,
+        )
+        if before is None or origins is None or before.origins != origins:
+            return
+        if before.described != described:
+            return
+        self._steady = self._arm(seen, args, results, (leaves, spec), result, state, scope)
+
+    def _arm(
+        self,
+        seen: _Seen,
+        args: Sequence[Any],
+        results: Sequence[Any],
+        given: tuple[list[Any], TreeSpec],
+        result: Any,
+        state: Any,
+        scope: Mapping[str, Any],
+    ) -> _Steady | None:
+        program = seen.program
+        out_leaves, out_spec = tree_flatten(result)
+        places = {id(value): at for at, value in enumerate(results) if _is_own(program, at, value)}
+        handed_out: dict[int, int] = {}
+        for at, leaf in enumerate(out_leaves):
+            if isinstance(leaf, torch.Tensor):
+                if id(leaf) not in places:
+                    return None
+                handed_out[at] = places[id(leaf)]
+            elif not isinstance(leaf, _ATOMS):
+                return None
+        if not all(isinstance(leaf, (torch.Tensor, *_ATOMS)) for leaf in tree_leaves(state)):
+            return None
+        kept = {id(leaf) for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)}
+        known = {id(value) for value in (*args, *results) if isinstance(value, torch.Tensor)}
+        try:
+            for owner, attribute in program.step.effects.tensors:
+                value = getattr(resolve(owner, scope), attribute)
+                kept.add(id(value))
+            counters = [
+                (resolve(owner, scope), attribute, added)
+                for owner, attribute, added in program.step.effects.counters
+            ]
+        except (LookupError, AttributeError):
+            return None
+        if not kept <= known or any(id(out_leaves[at]) in kept for at in handed_out):
+            return None
+        given_away = set(handed_out.values())
+        origins = seen.origins or []
+        if any(o.place == "result" and o.at in given_away for o in origins):
+            return None
+        entry = self._entry(origins, args, results)
+        return _Steady(
+            program=program,
+            origins=origins,
+            entry=entry,
+            leaves=given[0],
+            spec=given[1],
+            result_leaves=[None if at in handed_out else leaf for at, leaf in enumerate(out_leaves)],
+            result_spec=out_spec,
+            handed_out=handed_out,
+            args=seen.args,
+            results=[None if at in given_away else value for at, value in enumerate(seen.results)],
+            counters=counters,
+            before=[],
+            last=[],
+        )
+
+    def _entry(self, origins: Sequence[Origin], args: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+        """The values of the inputs of the segment to come; None where the segment itself is read."""
+        entry: list[Any] = []
+        for at, origin in enumerate(origins):
+            if origin.place == "segment":
+                entry.append(None)
+                continue
+            if origin.place == "counter":
+                entry.append(args[at] + origin.at)
+                continue
+            value = {"result": results, "input": args, "same": args}[origin.place]
+            value = value[at if origin.place == "same" else origin.at]
+            entry.append(self._run.value_of(value) if isinstance(value, torch.Tensor) else value)
+        return entry
+
+    # Recording.
+
+    def record(self, segment: Any) -> bool:
+        """Record a segment if it is one more of the same; whether it was.
+
+        Its result goes where :meth:`~diagpass.rolled.run.Run.outputs` puts those of others.
+        """
+        steady = self._steady
+        if steady is None:
+            return False
+        leaves, spec = tree_flatten(segment)
+        if spec != steady.spec or not all(map(_alike, leaves, steady.leaves)):
+            return False
+        program = steady.program
+        inputs = [
+            Box(leaves[origin.at]) if origin.place == "segment" else value
+            for origin, value in zip(steady.origins, steady.entry, strict=True)
+        ]
+        boxes = self._run.core(program, inputs)
+        found = [
+            None if out.passed is not None else self._run.value(out.node, boxes) for out in program.returned
+        ]
+        updates = {
+            program.moving.index(at): self._run.value(node, boxes)
+            for at, node in zip(program.step.written, program.updates, strict=True)
+        }
+        result = list(steady.result_leaves)
+        tokens = {
+            number: (self._run.token(program.returned[number].node), found[number])
+            for number in steady.handed_out.values()
+        }
+        for at, number in steady.handed_out.items():
+            result[at] = tokens[number][0]
+        self._run.wait_for(tree_unflatten(result, steady.result_spec), list(tokens.values()))
+        steady.before = [updates.get(at, value) for at, value in enumerate(inputs)]
+        steady.last = found
+        steady.entry = [_next(origin, at, steady.before, found) for at, origin in enumerate(steady.origins)]
+        steady.count += 1
+        self.recorded += 1
+        return True
+
+    def settle(self) -> None:
+        """Let the tokens that the step holds stand for what the last segment left, and set its counters."""
+        steady, self._steady = self._steady, None
+        if steady is None or not steady.count:
+            return
+        self._last = None
+        for at, reference in enumerate(steady.args):
+            origin = steady.origins[at]
+            written = steady.program.moving[at] in steady.program.step.written
+            if written or origin.place in ("result", "input"):
+                self._run.stand_for(_alive(reference), steady.before[at], written)
+        for at, reference in enumerate(steady.results):
+            if reference is not None and steady.program.returned[at].passed is None:
+                self._run.stand_for(_alive(reference), steady.last[at], False)
+        for owner, attribute, added in steady.counters:
+            setattr(owner, attribute, getattr(owner, attribute) + added * steady.count)
+
+
+def _origins(
+    before: _Seen, program: StepProgram, args: Sequence[Any], leaves: Sequence[Any]
+) -> list[Origin] | None:
+    """Where each input came from; None if one came from nowhere known."""
+    places = {id(leaf): at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    results = {
+        id(value): at
+        for at, value in enumerate(map(_alive, before.results))
+        if isinstance(value, torch.Tensor) and program.returned[at].passed is None
+    }
+    inputs = {id(v): at for at, v in enumerate(map(_alive, before.args)) if isinstance(v, torch.Tensor)}
+    counters = _counters(program)
+    found: list[Origin] = []
+    for at, value in enumerate(args):
+        if not isinstance(value, torch.Tensor):
+            added = counters.get(program.step.names[program.moving[at]])
+            old = before.args[at]
+            if added is not None and type(old) is type(value) and value == old + added:
+                found.append(Origin("counter", added))
+            elif type(old) is type(value) and old == value:
+                found.append(Origin("same"))
+            else:
+                return None
+        elif id(value) in places:
+            found.append(Origin("segment", places[id(value)]))
+        elif id(value) in results:
+            found.append(Origin("result", results[id(value)]))
+        elif _alive(before.args[at]) is value:
+            found.append(Origin("same"))
+        elif id(value) in inputs:
+            found.append(Origin("input", inputs[id(value)]))
+        else:
+            return None
+    return found
+
+
+def _counters(program: StepProgram) -> dict[str, int]:
+    return {
+        name: added
+        for owner, attribute, added in program.step.effects.counters
+        for name in (f"{owner}.{attribute}", f"{owner}.__dict__['{attribute}']")
+    }
+
+
+def _next(origin: Origin, at: int, before: Sequence[Any], found: Sequence[Any]) -> Any:
+    if origin.place == "segment":
+        return None
+    if origin.place == "counter":
+        return before[at] + origin.at
+    if origin.place == "result":
+        return found[origin.at]
+    return before[at if origin.place == "same" else origin.at]
+
+
+def _is_own(program: StepProgram, at: int, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and program.returned[at].passed is None
+
+
+def _weak(value: Any) -> Any:
+    return weakref.ref(value) if isinstance(value, torch.Tensor) else value
+
+
+def _alive(reference: Any) -> Any:
+    return reference() if isinstance(reference, weakref.ref) else reference
+
+
+def _description(value: Any) -> Any:
+    """What guards ask of a tensor, beside which one it is."""
+    if not isinstance(value, torch.Tensor):
+        return type(value)
+    return (
+        type(value),
+        value.shape,
+        value.stride(),
+        value.dtype,
+        value.device,
+        value.requires_grad,
+        value.is_inference(),
+    )
+
+
+def _alike(value: Any, other: Any) -> bool:
+    if isinstance(value, torch.Tensor) or isinstance(other, torch.Tensor):
+        return _description(value) == _description(other)
+    return value is other or (type(value) is type(other) and isinstance(value, _ATOMS) and value == other)
+
+
+_ATOMS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)

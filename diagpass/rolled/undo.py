@@ -1,0 +1,56 @@
+"""Putting back what a call changed in the step's Python objects, if it cannot be finished.
+
+Remembering the whole step costs more than a short call. So only what a captured behaviour is about to change
+is remembered, each time that one runs; the whole step where that is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from diagpass.capture.effects import Effects, resolve
+from diagpass.state import Snapshot, contents_of, put_back
+
+__all__ = ["Undo"]
+
+
+class Undo:
+    """What a call changed, to be put back by :meth:`restore`.
+
+    Parameters
+    ----------
+    step
+        The step.
+    whole
+        Whether to remember all of it from the start.
+    """
+
+    def __init__(self, step: torch.nn.Module, whole: bool) -> None:
+        self._step = step
+        self._snapshot = Snapshot(step, values=False) if whole else None
+        self._noted: dict[int, tuple[Any, Any]] = {}
+
+    def note(self, effects: Effects, scope: Mapping[str, Any]) -> None:
+        """Remember what is about to be changed; ``scope`` holds what its names begin with."""
+        if self._snapshot is not None:
+            return
+        try:
+            owners = [resolve(name, scope) for name in effects.owners or ()]
+        except LookupError:
+            owners = None
+        if owners is None or effects.owners is None:
+            self._snapshot = Snapshot(self._step, values=False)
+            return
+        for owner in owners:
+            if id(owner) not in self._noted:
+                self._noted[id(owner)] = owner, contents_of(owner)
+
+    def restore(self) -> None:
+        """Put it back."""
+        if self._snapshot is not None:
+            self._snapshot.restore()
+        for owner, contents in self._noted.values():
+            put_back(owner, contents)
