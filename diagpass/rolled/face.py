@@ -331,12 +331,12 @@ class TransformedLoop(Transformed):
         for segment in segments:
             self._check_width(run)  # before: a stream that stops here runs this segment as it stands
             segment = tree_map(functools.partial(_fixed, own=stream), segment)
-            if not stream and run.repeat.record(segment):
+            if not stream and run.repeat.record(run, segment):
                 run.fresh_captures = 0
                 run.advance()
                 yield run.take()
                 continue
-            run.repeat.settle()
+            run.repeat.settle(run)
             args = (segment, carried.value) if loop.carries_state else (segment,)
             run.guard_inputs(segment)
             run.scope = {"model": loop.step, "args": args, "kwargs": kwargs}
@@ -348,7 +348,7 @@ class TransformedLoop(Transformed):
             run.outputs(result)
             carried.value = state
             if not stream:
-                run.repeat.saw(segment, result, state, run.scope, run.last)
+                run.repeat.saw(run, segment, result, state)
             fresh = self._session.captures > captures
             run.fresh_captures = run.fresh_captures + 1 if fresh else 0
             if not fresh:  # learn what comes next before anything is compiled

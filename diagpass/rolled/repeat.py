@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,34 +75,27 @@ class _Steady:
 class Repeat:
     """Watches the segments of one run, and records those that repeat.
 
-    Parameters
-    ----------
-    run
-        The :class:`~diagpass.rolled.run.Run`.
+    It does not hold the run, which holds it: what a run holds is freed as soon as the run is.
     """
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    def __init__(self) -> None:
         self._last: _Seen | None = None
         self._steady: _Steady | None = None
         self.recorded = 0
 
     # Watching.
 
-    def saw(
-        self, segment: Any, result: Any, state: Any, scope: Mapping[str, Any], last: tuple | None
-    ) -> None:
+    def saw(self, run: Any, segment: Any, result: Any, state: Any) -> None:
         """Look at a segment that was recorded by way of Dynamo.
 
         Parameters
         ----------
+        run
+            The :class:`~diagpass.rolled.run.Run` that it was recorded in.
         segment, result, state
             What the step was given, what it returned, and the state that it passed on.
-        scope
-            The names that Dynamo's sources begin with.
-        last
-            The program, its inputs and its results; None if nothing was recorded.
         """
+        last = run.last
         before, self._last, self._steady = self._last, None, None
         if last is None:
             return
@@ -127,17 +120,17 @@ class Repeat:
             return
         if before.described != described:
             return
-        self._steady = self._arm(seen, args, results, (leaves, spec), result, state, scope)
+        self._steady = self._arm(run, seen, args, results, (leaves, spec), result, state)
 
     def _arm(
         self,
+        run: Any,
         seen: _Seen,
         args: Sequence[Any],
         results: Sequence[Any],
         given: tuple[list[Any], TreeSpec],
         result: Any,
         state: Any,
-        scope: Mapping[str, Any],
     ) -> _Steady | None:
         program = seen.program
         out_leaves, out_spec = tree_flatten(result)
@@ -156,10 +149,10 @@ class Repeat:
         known = {id(value) for value in (*args, *results) if isinstance(value, torch.Tensor)}
         try:
             for owner, attribute in program.step.effects.tensors:
-                value = getattr(resolve(owner, scope), attribute)
+                value = getattr(resolve(owner, run.scope), attribute)
                 kept.add(id(value))
             counters = [
-                (resolve(owner, scope), attribute, added)
+                (resolve(owner, run.scope), attribute, added)
                 for owner, attribute, added in program.step.effects.counters
             ]
         except (LookupError, AttributeError):
@@ -170,7 +163,7 @@ class Repeat:
         origins = seen.origins or []
         if any(o.place == "result" and o.at in given_away for o in origins):
             return None
-        entry = self._entry(origins, args, results)
+        entry = _entry(run, origins, args, results)
         return _Steady(
             program=program,
             origins=origins,
@@ -187,24 +180,9 @@ class Repeat:
             last=[],
         )
 
-    def _entry(self, origins: Sequence[Origin], args: Sequence[Any], results: Sequence[Any]) -> list[Any]:
-        """The values of the inputs of the segment to come; None where the segment itself is read."""
-        entry: list[Any] = []
-        for at, origin in enumerate(origins):
-            if origin.place == "segment":
-                entry.append(None)
-                continue
-            if origin.place == "counter":
-                entry.append(args[at] + origin.at)
-                continue
-            value = {"result": results, "input": args, "same": args}[origin.place]
-            value = value[at if origin.place == "same" else origin.at]
-            entry.append(self._run.value_of(value) if isinstance(value, torch.Tensor) else value)
-        return entry
-
     # Recording.
 
-    def record(self, segment: Any) -> bool:
+    def record(self, run: Any, segment: Any) -> bool:
         """Record a segment if it is one more of the same; whether it was.
 
         Its result goes where :meth:`~diagpass.rolled.run.Run.outputs` puts those of others.
@@ -220,22 +198,20 @@ class Repeat:
             Box(leaves[origin.at]) if origin.place == "segment" else value
             for origin, value in zip(steady.origins, steady.entry, strict=True)
         ]
-        boxes = self._run.core(program, inputs)
-        found = [
-            None if out.passed is not None else self._run.value(out.node, boxes) for out in program.returned
-        ]
+        boxes = run.core(program, inputs)
+        found = [None if out.passed is not None else run.value(out.node, boxes) for out in program.returned]
         updates = {
-            program.moving.index(at): self._run.value(node, boxes)
+            program.moving.index(at): run.value(node, boxes)
             for at, node in zip(program.step.written, program.updates, strict=True)
         }
         result = list(steady.result_leaves)
         tokens = {
-            number: (self._run.token(program.returned[number].node), found[number])
+            number: (run.token(program.returned[number].node), found[number])
             for number in steady.handed_out.values()
         }
         for at, number in steady.handed_out.items():
             result[at] = tokens[number][0]
-        self._run.wait_for(tree_unflatten(result, steady.result_spec), list(tokens.values()))
+        run.wait_for(tree_unflatten(result, steady.result_spec), list(tokens.values()))
         steady.before = [updates.get(at, value) for at, value in enumerate(inputs)]
         steady.last = found
         steady.entry = [_next(origin, at, steady.before, found) for at, origin in enumerate(steady.origins)]
@@ -243,7 +219,7 @@ class Repeat:
         self.recorded += 1
         return True
 
-    def settle(self) -> None:
+    def settle(self, run: Any) -> None:
         """Let the tokens that the step holds stand for what the last segment left, and set its counters."""
         steady, self._steady = self._steady, None
         if steady is None or not steady.count:
@@ -253,12 +229,28 @@ class Repeat:
             origin = steady.origins[at]
             written = steady.program.moving[at] in steady.program.step.written
             if written or origin.place in ("result", "input"):
-                self._run.stand_for(_alive(reference), steady.before[at], written)
+                run.stand_for(_alive(reference), steady.before[at], written)
         for at, reference in enumerate(steady.results):
             if reference is not None and steady.program.returned[at].passed is None:
-                self._run.stand_for(_alive(reference), steady.last[at], False)
+                run.stand_for(_alive(reference), steady.last[at], False)
         for owner, attribute, added in steady.counters:
             setattr(owner, attribute, getattr(owner, attribute) + added * steady.count)
+
+
+def _entry(run: Any, origins: Sequence[Origin], args: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    """The values of the inputs of the segment to come; None where the segment itself is read."""
+    entry: list[Any] = []
+    for at, origin in enumerate(origins):
+        if origin.place == "segment":
+            entry.append(None)
+            continue
+        if origin.place == "counter":
+            entry.append(args[at] + origin.at)
+            continue
+        value = {"result": results, "input": args, "same": args}[origin.place]
+        value = value[at if origin.place == "same" else origin.at]
+        entry.append(run.value_of(value) if isinstance(value, torch.Tensor) else value)
+    return entry
 
 
 def _origins(

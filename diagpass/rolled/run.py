@@ -99,7 +99,7 @@ class Run:
         self._lumps: dict[Any, tuple[list, list[Box]]] = {}
         self.undo: Undo | View | None = None
         self.scope: dict[str, Any] = {}
-        self.repeat = Repeat(self)
+        self.repeat = Repeat()
         self.last: tuple[StepProgram, Sequence[Any], list[Any]] | None = None
         self._waiting: deque[tuple[Any, int, list[tuple[torch.Tensor, Box]]]] = deque()
 
@@ -348,17 +348,25 @@ class Run:
         self._pending[id(tensor)] = (self._watch(tensor), box)
 
     def _watch(self, tensor: torch.Tensor) -> weakref.ref:
-        """A reference that forgets all about the tensor when it is gone: another may get its id."""
-        key = id(tensor)
+        """A reference that forgets all about the tensor when it is gone: another may get its id.
+
+        It does not hold the run: what a run holds is freed as soon as the run is.
+        """
+        key, run = id(tensor), weakref.ref(self)
 
         def gone(_: Any) -> None:
-            self._pending.pop(key, None)
-            self._tokens.discard(key)
-            self._rewritten.discard(key)
-            self._handed_out.pop(key, None)
-            self._families.pop(key, None)
+            alive = run()
+            if alive is not None:
+                alive._forget(key)
 
         return weakref.ref(tensor, gone)
+
+    def _forget(self, key: int) -> None:
+        self._pending.pop(key, None)
+        self._tokens.discard(key)
+        self._rewritten.discard(key)
+        self._handed_out.pop(key, None)
+        self._families.pop(key, None)
 
     def _check_write(self, name: str, tensor: torch.Tensor) -> None:
         """Refuse a write in place that others would have to see."""
@@ -449,7 +457,7 @@ class Run:
 
     def finish(self) -> None:
         """Put the final state where the step keeps it."""
-        self.repeat.settle()
+        self.repeat.settle(self)
         found = []
         for reference, box in list(self._pending.values()):
             tensor = reference()
@@ -461,7 +469,8 @@ class Run:
         ]
         for (tensor, _), value in zip(found, values, strict=True):
             _fill(tensor, value)
-        self._pending, self._held, self._written = {}, {}, {}
+        self._pending, self._held, self._written, self._lumps = {}, {}, {}, {}
+        self.last, self.scope = None, {}
 
     def _run_waves(self, last: int) -> None:
         if self._done < last and not self.dry and not self._fresh:
