@@ -24,6 +24,7 @@ MASK_ARGUMENTS = {
     aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
 }
 MOST_ELEMENTS = 1 << 28
+CUDNN_FLOOR = -65504.0  # what torch makes of False in a mask of booleans for cuDNN, minus infinity elsewhere
 
 
 def drop_causal_masks(gm: fx.GraphModule) -> int:
@@ -51,7 +52,8 @@ def drop_causal_masks(gm: fx.GraphModule) -> int:
             if query != key:
                 continue
             if mask not in known:
-                known[mask] = _is_causal(gm, mask, query)
+                floors = (float("-inf"), CUDNN_FLOOR) if "cudnn" in str(target) else (float("-inf"),)
+                known[mask] = any(_is_causal(gm, mask, query, floor) for floor in floors)
             if not known[mask]:
                 continue
             _set_arguments(node, {**given, name: None, "is_causal": True})
@@ -79,8 +81,8 @@ def _set_arguments(node: fx.Node, given: dict[str, Any]) -> None:
     node.kwargs = {name: value for name, value in given.items() if name not in positional}
 
 
-def _is_causal(gm: fx.GraphModule, mask: fx.Node, length: int) -> bool:
-    """Whether the node is a constant that is 0 up to the diagonal and minus infinity above it."""
+def _is_causal(gm: fx.GraphModule, mask: fx.Node, length: int, floor: float) -> bool:
+    """Whether the node is a constant that is 0 up to the diagonal and ``floor`` above it."""
     example = mask.meta.get("val")
     if not isinstance(example, torch.Tensor) or not example.dtype.is_floating_point:
         return False
@@ -97,7 +99,7 @@ def _is_causal(gm: fx.GraphModule, mask: fx.Node, length: int) -> bool:
         except Exception as error:  # a constant that cannot be computed here stays a mask
             log.debug("the mask %s could not be evaluated: %s", mask, error)
             return False
-        causal = torch.full((length, length), float("-inf"), dtype=value.dtype, device=value.device).triu(1)
+        causal = torch.full((length, length), floor, dtype=value.dtype, device=value.device).triu(1)
         return bool((value == causal).all())
 
 

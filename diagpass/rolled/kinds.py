@@ -52,6 +52,25 @@ class Into:
     results: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """What a group of cells reads.
+
+    Attributes
+    ----------
+    fixed
+        Per slot what is the same at every call, and whether the group's cells share it; None for values.
+    moving
+        The slots of values, each with the nodes that the cells read.
+    key
+        Where the fixed operands lie.
+    """
+
+    fixed: list[Fixed | None]
+    moving: list[tuple[int, list[fx.Node]]]
+    key: tuple
+
+
 class Kinds:
     """What the programs of one step have in common.
 
@@ -78,7 +97,7 @@ class Kinds:
         self._forms: dict[tuple, Form | None] = {}
         self._into: dict[tuple, Into | None] = {}
         self._groups: dict[tuple[int, ...], list[tuple[Kind, list[int], list[int]]]] = {}
-        self._fixed: dict[tuple, list[Fixed | None]] = {}
+        self._plans: dict[tuple, GroupPlan] = {}
         self.runner: Any = None
         self._wrapped: dict[Any, Callable[..., Any]] = {}
         self._numbers: dict[fx.Node, int] = {}
@@ -143,7 +162,7 @@ class Kinds:
             key = (signature(first), kind.body.code, literals)
             self._keys[kind.index] = self._key_numbers.setdefault(key, len(self._key_numbers))
         self._plan = None
-        self._groups, self._fixed = {}, {}
+        self._groups, self._plans = {}, {}
         devices = {device_of(kind) for kind in self.kinds}
         self.device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         return known is not None
@@ -182,7 +201,8 @@ class Kinds:
             a is not b for a, b in zip(found, self._stacked, strict=True)
         ):
             self._stacked = found
-            self._slices, self._groups, self._fixed = {}, {}, {}
+            self._slices, self._groups = {}, {}
+        self._plans = {}  # a weight that is in no stack may have moved
 
     # Groups.
 
@@ -219,21 +239,26 @@ class Kinds:
                 start += width
         return groups
 
-    def layers_of(self, kind: Kind) -> int:
-        """How many different weights the kind's cells read."""
-        return len({self._rows[cell] for cell in kind.cells})
-
-    def fixed(self, kind: Kind, cells: tuple[int, ...], members: tuple[int, ...]) -> list[Fixed | None]:
-        """Per slot, what a group reads at every call and whether its cells share that; None for values."""
+    def plan(self, kind: Kind, cells: tuple[int, ...], members: Sequence[int]) -> GroupPlan:
+        """What a group reads, slot by slot."""
         key = (kind.index, cells)
-        found = self._fixed.get(key)
+        found = self._plans.get(key)
         if found is None:
-            found = self._fixed[key] = [
+            fixed = [
                 (self.numbers(kind, tuple(slot.sources[member] for member in members)), False)
                 if slot.literal
                 else self.weights(kind, at, cells)
                 for at, slot in enumerate(kind.slots)
             ]
+            found = self._plans[key] = GroupPlan(
+                fixed,
+                [
+                    (at, [slot.sources[member] for member in members])
+                    for at, slot in enumerate(kind.slots)
+                    if fixed[at] is None
+                ],
+                tuple((item[0].data_ptr(), item[0].stride()) for item in fixed if item is not None),
+            )
         return found
 
     def is_fixed(self, box: Box) -> bool:

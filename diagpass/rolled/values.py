@@ -22,12 +22,15 @@ _NOBODY: frozenset[int] = frozenset()
 
 
 class Row:
-    """Row ``index`` of ``stacked``, whose first axis has ``width`` entries."""
+    """Row ``index`` of ``stacked``, whose first axis has ``width`` entries.
 
-    __slots__ = ("index", "stacked", "width")
+    ``address`` is there if the stack is contiguous and lies where it will lie again.
+    """
 
-    def __init__(self, stacked: torch.Tensor, index: int, width: int) -> None:
-        self.stacked, self.index, self.width = stacked, index, width
+    __slots__ = ("address", "index", "stacked", "width")
+
+    def __init__(self, stacked: torch.Tensor, index: int, width: int, address: int | None = None) -> None:
+        self.stacked, self.index, self.width, self.address = stacked, index, width, address
 
 
 class Box:
@@ -159,26 +162,31 @@ def gather(boxes: Sequence[Box]) -> torch.Tensor:
 
 def parts_of(boxes: Sequence[Box]) -> list[torch.Tensor]:
     """The values of several cells as few tensors with a leading group axis, to be put together in order."""
-    values = [box.value for box in boxes]
-    parts: list[torch.Tensor] = []
-    start = 0
-    while start < len(values):
-        first = values[start]
-        if type(first) is not Row:
-            parts.append(first.unsqueeze(0))
-            start += 1
-            continue
-        stop = start + 1
-        while (
-            stop < len(values)
-            and type(values[stop]) is Row
-            and values[stop].stacked is first.stacked
-            and values[stop].index == first.index + stop - start
+    return [
+        first.unsqueeze(0)
+        if type(first) is not Row
+        else first.stacked
+        if (first.index, count) == (0, first.width)
+        else first.stacked.narrow(0, first.index, count)
+        for first, count in runs_of([box.value for box in boxes])
+    ]
+
+
+def runs_of(values: Sequence[Any]) -> list[tuple[Any, int]]:
+    """Values in order -> the first of each run of rows that lie side by side, and how many they are."""
+    runs: list[tuple[Any, int]] = []
+    first, count = None, 0
+    for value in values:
+        if (
+            type(value) is Row
+            and type(first) is Row
+            and value.stacked is first.stacked
+            and value.index == first.index + count
         ):
-            stop += 1
-        if (first.index, stop - start) == (0, first.width):
-            parts.append(first.stacked)
-        else:
-            parts.append(first.stacked.narrow(0, first.index, stop - start))
-        start = stop
-    return parts
+            count += 1
+            continue
+        if count:
+            runs.append((first, count))
+        first, count = value, 1
+    runs.append((first, count))
+    return runs

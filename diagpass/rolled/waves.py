@@ -9,7 +9,7 @@ elsewhere (the inputs of a segment, what a reset put in place) is copied to such
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from diagpass.ir import Kind
 from diagpass.rolled.kinds import Into, Kinds
-from diagpass.rolled.values import Box, Row, gather, parts_of
+from diagpass.rolled.values import Box, Row, gather, parts_of, runs_of
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.replay import CudaRecorder, Recorder, Replays
 
@@ -79,20 +79,18 @@ class Direct:
 
         A Python number is never passed to a form: it would be traced in.
         """
-        operands, shared = [], []
-        for fixed, boxes in _slots(self.kinds, kind, cells, members):
-            if fixed is not None:
-                operands.append(fixed[0])
-                shared.append(fixed[1])
-                continue
+        plan = self.kinds.plan(kind, tuple(cell.number for cell in cells), members)
+        operands: list[Any] = [None if item is None else item[0] for item in plan.fixed]
+        shared = [item is not None and item[1] for item in plan.fixed]
+        for at, sources in plan.moving:
+            boxes = _boxes(self.kinds, sources, cells)
             first = boxes[0]
             if not isinstance(first, Box):
                 path = self.kinds.cells[cells[0].number].path
                 self.kinds.notes[f"cells like {path} run unbatched: they read a Python number"] = None
                 return None, ()
-            same = all(box is first for box in boxes)
-            operands.append(first.tensor() if same else gather(boxes))
-            shared.append(same)
+            shared[at] = all(box is first for box in boxes)
+            operands[at] = first.tensor() if shared[at] else gather(boxes)
         return operands, tuple(shared)
 
     def _single(self, kind: Kind, cell: PendingCell, member: int) -> None:
@@ -112,12 +110,22 @@ class Job:
     """A group with its operands and results at addresses of their own."""
 
     into: Into
-    operands: list[torch.Tensor | list[torch.Tensor]]
+    fixed: Sequence[Any]
+    moving: list[tuple[int, list[Box], bool]]
     results: list[torch.Tensor]
     key: tuple
 
+    def operands(self) -> list[torch.Tensor | list[torch.Tensor]]:
+        """What the group's form takes; a list of tensors is to be put together first."""
+        found: list[Any] = [None if item is None else item[0] for item in self.fixed]
+        for at, boxes, is_shared in self.moving:
+            parts = [boxes[0].tensor()] if is_shared else parts_of(boxes)
+            found[at] = parts[0] if len(parts) == 1 else parts
+        return found
+
     def run(self) -> None:
-        operands = [torch.cat(operand) if isinstance(operand, list) else operand for operand in self.operands]
+        """Launch it."""
+        operands = [torch.cat(item) if isinstance(item, list) else item for item in self.operands()]
         self.into.run(*operands, *self.results)
 
 
@@ -168,70 +176,63 @@ class Replayed:
             self.replays.run(work.key, work)
         for job, kind, group, members in jobs:
             for result, nodes in zip(job.results, kind.outputs, strict=True):
-                _put(None, result, nodes, group, members)
+                _put(None, result, nodes, group, members, result.data_ptr())
         return batched
 
     def _job(self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]) -> Job | None:
-        operands: list[torch.Tensor | list[torch.Tensor]] = []
-        key: list[Hashable] = []
-        shared = []
-        for fixed, boxes in _slots(self.kinds, kind, cells, members):
-            if fixed is not None:
-                operands.append(fixed[0])
-                shared.append(fixed[1])
-                key.append(_address(fixed[0]))
-                continue
-            if not all(isinstance(box, Box) for box in boxes):
-                return None
-            same = len(boxes) > 1 and all(box is boxes[0] for box in boxes)
-            shared.append(same)
+        plan = self.kinds.plan(kind, tuple(cell.number for cell in cells), members)
+        key: list[Hashable] = [plan.key]
+        shared = [item is not None and item[1] for item in plan.fixed]
+        moving = []
+        for at, sources in plan.moving:
+            boxes = _boxes(self.kinds, sources, cells)
+            first = boxes[0]
+            same = len(boxes) > 1 and all(box is first for box in boxes)
+            shared[at] = same
+            moving.append((at, boxes, same))
+            values = []
             for box in boxes[:1] if same else boxes:
-                if not self._settle(box):
+                value = self._settled(box) if isinstance(box, Box) else None
+                if value is None:
                     return None
-            parts = [boxes[0].tensor()] if same else parts_of(boxes)
-            key.append(tuple(map(_address, parts)))
-            operands.append(parts[0] if len(parts) == 1 else parts)
+                values.append(value)
+            key += [_place(value, count) for value, count in runs_of(values)]
         into = self.kinds.into(kind, len(cells), tuple(shared))
         if into is None:
             return None
-        results = [
-            self.buffers.lend(shape, dtype, device, max(self.kinds.layers_of(kind), len(cells)))
-            for shape, dtype, device in into.results
-        ]
+        results = [self.buffers.lend(shape, dtype, device) for shape, dtype, device in into.results]
         key += [result.data_ptr() for result in results]
-        return Job(into, operands, results, (into.number, *key))
+        return Job(into, plan.fixed, moving, results, (into.number, *key))
 
-    def _settle(self, box: Box) -> bool:
-        """See that a value lies where it can be read again; whether it is a value that can."""
+    def _settled(self, box: Box) -> Any:
+        """The value, seen to lie where it can be read again; None if it is none that can."""
         value = box.value
         if type(value) is Row:
-            if self.buffers.holds(value.stacked):
-                return True
+            if value.address is not None:
+                return value
             value = box.tensor()
         if not isinstance(value, torch.Tensor):
-            return False
+            return None
         if self.buffers.holds(value) or self.kinds.is_fixed(box):
-            return True
-        settled = self.buffers.lend((1, *value.shape), value.dtype, value.device, 1)
+            return value
+        settled = self.buffers.lend((1, *value.shape), value.dtype, value.device)
         settled[0].copy_(value)
-        box.put(Row(settled, 0, 1))
-        return True
+        row = Row(settled, 0, 1, settled.data_ptr())
+        box.put(row)
+        return row
 
 
-def _slots(
-    kinds: Kinds, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]
-) -> Iterable[tuple[tuple[torch.Tensor, bool] | None, list[Any]]]:
-    """Per slot of a group what it always reads and whether its cells share that, or else what they read."""
-    fixed = kinds.fixed(kind, tuple(cell.number for cell in cells), tuple(members))
-    for slot, found in zip(kind.slots, fixed, strict=True):
-        if found is not None:
-            yield found, []
-        else:
-            sources = slot.sources
-            yield (
-                None,
-                [_operand(kinds, sources[member], cell) for cell, member in zip(cells, members, strict=True)],
-            )
+def _place(value: Any, count: int) -> tuple:
+    """Where a run of rows, or a value by itself, lies."""
+    if type(value) is Row:
+        return value.address, value.index, count
+    return value.data_ptr(), value.shape, value.stride()
+
+
+def _boxes(kinds: Kinds, sources: Sequence[fx.Node], cells: Sequence[PendingCell]) -> list[Any]:
+    """What the cells of a group read through a slot."""
+    found = [cell.boxes.get(source) for source, cell in zip(sources, cells, strict=True)]
+    return [kinds.weight(sources[at]) if box is None else box for at, box in enumerate(found)]
 
 
 def _operand(kinds: Kinds, source: fx.Node, cell: PendingCell) -> Any:
@@ -245,13 +246,11 @@ def _put(
     nodes: Sequence[fx.Node | None],
     cells: Sequence[PendingCell],
     members: Sequence[int],
+    address: int | None = None,
 ) -> None:
     """Hand a group's result to its cells: ``value`` to each, or each its row of ``stacked``."""
+    width = len(cells)
     for row, (cell, member) in enumerate(zip(cells, members, strict=True)):
         node = nodes[member]
         if node is not None:
-            cell.outputs[node].put(Row(stacked, row, len(cells)) if value is None else value)
-
-
-def _address(tensor: torch.Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+            cell.outputs[node].put(Row(stacked, row, width, address) if value is None else value)

@@ -10,7 +10,6 @@ gone, that is, when no view of the loan is left anywhere.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 
@@ -33,8 +32,8 @@ class _Buffer:
     def is_free(self) -> bool:
         return self._loan is None or self._loan() is None
 
-    def lend(self, count: int) -> torch.Tensor:
-        loan = from_dlpack(to_dlpack(self.memory[:count]))
+    def lend(self) -> torch.Tensor:
+        loan = from_dlpack(to_dlpack(self.memory))
         self._loan = weakref.ref(loan.untyped_storage())
         return loan
 
@@ -53,30 +52,18 @@ class Buffers:
         self._addresses: set[int] = set()
         self.bytes = 0
 
-    def lend(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, most: int) -> torch.Tensor:
-        """An uninitialised contiguous tensor of a shape; its memory is ours for as long as it is looked at.
-
-        Parameters
-        ----------
-        shape, dtype, device
-            Of the tensor; the first dimension may be shorter than the buffer.
-        most
-            The largest first dimension that such a tensor will have.
-        """
-        count, *rest = shape
-        key = (tuple(rest), dtype, device, max(most, count))
-        sort = self._sorts.setdefault(key, [])
-        size = max(count, most) * math.prod(rest)
+    def lend(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An uninitialised contiguous tensor; its memory is the borrower's for as long as it is looked at."""
+        sort = self._sorts.setdefault((tuple(shape), dtype, device), [])
         for buffer in sort:
             if buffer.is_free:
-                break
-        else:
-            with torch.inference_mode(False):
-                buffer = _Buffer(torch.empty(max(size, 1), dtype=dtype, device=device))
-            sort.append(buffer)
-            self._addresses.add(buffer.memory.data_ptr())
-            self.bytes += buffer.memory.numel() * buffer.memory.element_size()
-        return buffer.lend(max(count * math.prod(rest), 1))[: count * math.prod(rest)].view(tuple(shape))
+                return buffer.lend()
+        with torch.inference_mode(False):
+            buffer = _Buffer(torch.empty(tuple(shape), dtype=dtype, device=device))
+        sort.append(buffer)
+        self._addresses.add(buffer.memory.data_ptr())
+        self.bytes += buffer.memory.numel() * buffer.memory.element_size()
+        return buffer.lend()
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lies in one of the buffers."""
