@@ -1,8 +1,8 @@
 """Measure, merge and show: ``python -m benchmarks run``, ``table``, ``breakdown``.
 
 A *shard* is one preset and segment size with all its lengths; it builds its model once, measures every
-baseline itself, in turns with the wavefront, and appends a row of JSON for each length to a file. A shard that
-was cut off goes on where it stopped. ``table`` merges any number of such files.
+baseline itself, in turns with the wavefront, and appends a row of JSON for each length to a file. A shard
+that was cut off goes on where it stopped. ``table`` merges any number of such files.
 
     python -m benchmarks run --preset 1B --segment 1024 --tokens 8192,32768,131072 --out results/1B-1024.json
     python -m benchmarks table results/*.json --markdown docs/performance.md
@@ -12,9 +12,12 @@ was cut off goes on where it stopped. ``table`` merges any number of such files.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +27,7 @@ import typer
 import diagpass
 from benchmarks.baselines import FullAttention, StrongestSequential, compiled_step
 from benchmarks.measure import matmul_rate, medians, peak_bytes, relative_error, seconds, synchronize
-from benchmarks.presets import PRESETS, flops, make_cell, make_ids, make_llama
+from benchmarks.presets import PRESETS, Preset, flops, make_cell, make_ids, make_llama
 from benchmarks.table import as_markdown, print_rows
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -74,27 +77,15 @@ def run(
     step = compiled_step(cell, segment) if "compiled" in wanted else None
     rate = matmul_rate(device, dtype)
     for length in lengths:
-        ids = make_ids(shape, length, device)
-        new = seconds(lambda: fast(ids), device)
-        sides: dict[str, Any] = {"wavefront": lambda: fast(ids)}
-        if strongest is not None:
-            sides["strongest"] = lambda: strongest(ids)
-        if step is not None:
-            sides["compiled"] = lambda: step(ids)
-        if "eager" in wanted and length <= 32 * segment:
-            sides["eager"] = lambda: loop(ids)
-        full = None
-        if "full" in wanted and (device == "cuda" or length <= 8192):
-            full = FullAttention(make_llama(shape, length, device, dtype, head), ids)
-            sides["full"] = lambda: full(ids)
-        for side in sides.values():
-            for _ in range(2):
-                side()
-        times = medians(sides, device, budget)
-        error = None
-        if strongest is not None:
-            error = relative_error(_logits(fast(ids)), strongest(ids))
-        amount = flops(shape, segment, length, head)
+        sides = Sides(
+            fast,
+            loop if "eager" in wanted and length <= 32 * segment else None,
+            strongest,
+            step,
+            "wanted" if "full" in wanted and (device == "cuda" or length <= 8192) else None,
+        )
+        row = _measure(sides, shape, make_ids(shape, length, device), head, budget)
+        del sides
         row = {
             "case": f"{preset}, segment {segment}, {length} tokens",
             "preset": preset,
@@ -104,28 +95,64 @@ def run(
             "device": name,
             "torch": torch.__version__,
             "ran": fast.report.ran,
-            "ms": times["wavefront"],
-            "tokens_per_s": length / times["wavefront"] * 1e3,
-            "baselines_ms": {key: value for key, value in times.items() if key != "wavefront"},
-            "ratios": {key: value / times["wavefront"] for key, value in times.items() if key != "wavefront"},
+            **row,
             "matmul_flops": rate,
-            "limit_ms": 1e3 * amount / rate,
-            "fraction_of_rate": amount / rate / (times["wavefront"] * 1e-3),
-            "peak_bytes": peak_bytes(lambda: fast(ids), device),
+            "limit_ms": 1e3 * flops(shape, segment, length, head) / rate,
             "model_bytes": model_bytes,
             "static_bytes": static,
             "cold_s": cold,
-            "new_length_s": new - times["wavefront"] * 1e-3,
-            "difference_to_strongest": error,
             "measured": time.strftime("%Y-%m-%d"),
         }
+        row["fraction_of_rate"] = row["limit_ms"] / row["ms"]
         rows.append(row)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=1))
         print_rows([row])
-        del full, sides
-        if device == "cuda":
-            torch.cuda.empty_cache()
+
+
+@dataclasses.dataclass
+class Sides:
+    """What is measured against what; a baseline that is None is left out."""
+
+    fast: Any
+    loop: diagpass.SegmentLoop | None
+    strongest: StrongestSequential | None
+    compiled: Any
+    full: Any = None
+
+    def calls(self, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
+        """A call of each side."""
+        sides = {"wavefront": self.fast, "strongest": self.strongest, "compiled": self.compiled}
+        sides |= {"eager": self.loop, "full": self.full}
+        return {name: functools.partial(side, ids) for name, side in sides.items() if side is not None}
+
+
+def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: bool, budget: float) -> dict[str, Any]:
+    """One length: times of all sides, memory, and the difference to the strongest sequential run."""
+    device, length = ids.device.type, ids.shape[1]
+    fast = functools.partial(sides.fast, ids)
+    new = seconds(fast, device)
+    if sides.full == "wanted":
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        sides.full = FullAttention(make_llama(shape, length, device, dtype, head), ids)
+    calls = sides.calls(ids)
+    for call in calls.values():
+        call()
+        call()
+    times = medians(calls, device, budget)
+    own = times.pop("wavefront")
+    error = None
+    if sides.strongest is not None:
+        error = relative_error(_logits(fast()), sides.strongest(ids))
+    return {
+        "ms": own,
+        "tokens_per_s": length / own * 1e3,
+        "baselines_ms": times,
+        "ratios": {name: value / own for name, value in times.items()},
+        "peak_bytes": peak_bytes(fast, device),
+        "new_length_s": new - own * 1e-3,
+        "difference_to_strongest": error,
+    }
 
 
 def _static(before: int, device: str) -> int:

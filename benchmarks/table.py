@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 COLUMNS = (
-    "case", "ms", "tokens/s", "strongest", "compiled", "eager", "full", "of rate", "static", "peak MiB", "cold s",
+    "case", "ms", "tokens/s", "strongest", "compiled", "eager", "full",
+    "of rate", "static", "peak MiB", "cold s",
 )  # fmt: skip
 
 
@@ -44,13 +45,13 @@ def as_markdown(rows: Sequence[dict]) -> str:
     lines = [
         "# Performance",
         "",
-        "Median wall time of a call, all sides in turn in one process. The columns named after baselines say how",
-        "many times longer the baseline takes: *strongest* is the sequential loop with each layer compiled by",
-        "Inductor, a whole segment in one CUDA graph and the memory written in place; *compiled* the step under",
-        "`torch.compile`; *eager* the model as it stands; *full* the same Llama with causal attention over all",
-        "tokens, compiled. *of rate* is the model's matrix and attention operations over the time, as a fraction",
-        "of the rate of back-to-back 8192 x 8192 products in the same run. *static* is the device memory held",
-        "between calls over the model's own parameters.",
+        "Median wall time of a call, all sides in turn in one process. The columns named after baselines",
+        "say how many times longer the baseline takes: *strongest* is the sequential loop with each layer",
+        "compiled by Inductor, a whole segment in one CUDA graph and the memory written in place;",
+        "*compiled* the step under `torch.compile`; *eager* the model as it stands; *full* the same Llama",
+        "with causal attention over all tokens, compiled. *of rate* is the model's matrix and attention",
+        "operations over the time, as a fraction of the rate of back-to-back 8192 x 8192 products in the",
+        "same run. *static* is the device memory held between calls over the model's own parameters.",
         "",
     ]
     for device in dict.fromkeys((row["device"], row["torch"]) for row in rows):

@@ -1,0 +1,133 @@
+"""The rolled program on CUDA: right in float32 and bfloat16, replayed, and always the same bits.
+
+The reference is the plain loop in float64 on the CPU; a low-precision wavefront is judged by its distance to
+it relative to that of the plain loop in the same precision.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import diagpass
+from diagpass import SegmentLoop
+from diagpass.runtime.buffers import Buffers
+from examples import armt
+from tests.helpers import assert_closer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SEGMENT = 64
+
+
+def make(dtype: torch.dtype = torch.float32, layers: int = 4) -> tuple[SegmentLoop, torch.Tensor]:
+    """An ARMT's memory cell in a loop, on the CPU, and token numbers for nine segments."""
+    model, (ids,) = armt.build(
+        layers=layers, segments=9, batch=1, segment_size=SEGMENT, num_mem_tokens=8, dtype=dtype
+    )
+    return SegmentLoop(model.memory_cell, SEGMENT, reset="zero_mem"), ids
+
+
+def moved(loop: SegmentLoop) -> SegmentLoop:
+    """A copy on the device, its memories too."""
+    loop = copy.deepcopy(loop).cuda()
+    loop.reset_step()
+    return loop
+
+
+def state(loop: SegmentLoop) -> dict[str, torch.Tensor]:
+    """The memories of all layers."""
+    cell: Any = loop.step
+    return {
+        f"{at}.{n}": getattr(layer, n).cpu() for at, layer in enumerate(cell.layers) for n in ("W_mem", "z")
+    }
+
+
+def call(loop: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Outputs, on the CPU."""
+    with torch.no_grad():
+        return loop(ids)["logits"].cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_state_are_as_good_as_the_plain_loop(dtype: torch.dtype, monkeypatch: Any) -> None:
+    lend = Buffers.lend
+
+    def poisoned(self: Buffers, *args: Any) -> torch.Tensor:
+        loan = lend(self, *args)
+        return loan.fill_(float("nan")) if loan.is_floating_point() else loan
+
+    monkeypatch.setattr(Buffers, "lend", poisoned)
+    exact_loop, ids = make(torch.float64)
+    loop, _ = make(dtype)
+    exact = call(exact_loop, ids)
+    plain = moved(loop)
+    fast: Any = diagpass.transform(moved(loop), options={"schedule": "wavefront"})
+    for _ in range(4):
+        expected, got = call(plain, ids.cuda()), call(fast, ids.cuda())
+        assert_closer(exact, got, expected)
+        assert_closer(state(exact_loop), state(fast.original), state(plain))
+    assert fast.report.ran == "wavefront"
+    assert fast._session.kinds.runner.replays.replayed > 0
+
+
+def test_ten_runs_give_one_bit_pattern_and_survive_later_ones() -> None:
+    loop, ids = make(torch.bfloat16)
+    fast: Any = diagpass.transform(moved(loop), options={"schedule": "wavefront"})
+    ids = ids.cuda()
+    with torch.no_grad():
+        found = [fast(ids)["logits"] for _ in range(10)]
+        kept = found[0].clone()
+        fast(ids.flip(1))
+    for result in found:
+        assert torch.equal(result, kept)
+
+
+def test_a_new_length_and_a_shorter_tail() -> None:
+    exact_loop, ids = make(torch.float64)
+    loop, _ = make()
+    plain: Any = moved(loop)
+    fast: Any = diagpass.transform(moved(loop), options={"schedule": "wavefront"})
+    for length in (9 * SEGMENT, 5 * SEGMENT, 7 * SEGMENT - 10, 9 * SEGMENT, 2 * SEGMENT):
+        part = ids[:, :length]
+        assert_closer(call(exact_loop, part), call(fast, part.cuda()), call(plain, part.cuda()))
+
+
+def test_streams() -> None:
+    exact_loop, ids = make(torch.float64)
+    loop, _ = make()
+    plain: Any = moved(loop)
+    fast: Any = diagpass.transform(moved(loop), options={"schedule": "wavefront"})
+    parts = ids.cuda().split(SEGMENT, dim=1)
+    for _ in range(3):
+        with torch.no_grad():
+            got = torch.cat([y["logits"] for y in fast.stream(parts)], 1).cpu()
+        assert_closer(call(exact_loop, ids), got, call(plain, ids.cuda()))
+
+
+def test_weights_are_held_once() -> None:
+    loop, ids = make(layers=6)
+    plain = moved(loop)
+    size = sum(p.numel() * p.element_size() for p in plain.parameters())
+    fast: Any = diagpass.transform(plain, options={"schedule": "wavefront", "compiler": "eager"})
+    ids = ids.cuda()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    call(fast, ids)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 0.5 * size
+
+
+def test_a_whole_loop_model() -> None:
+    model, (ids,) = armt.build(layers=3, segments=4, batch=1, segment_size=16)
+    exact = copy.deepcopy(model).double()
+    exact.memory_cell.zero_mem()
+    device = copy.deepcopy(model).cuda()
+    device.memory_cell.zero_mem()
+    fast: Any = diagpass.transform(copy.deepcopy(device), options={"schedule": "wavefront"})
+    with torch.no_grad():
+        got = fast(ids.cuda()).logits.cpu()
+        assert_closer(exact(ids).logits, got, device(ids.cuda()).logits.cpu())
