@@ -86,6 +86,7 @@ class Run:
         self.kinds, self.max_width, self.dry = kinds, max_width, dry
         self.segments = self.cells = self.waves = self.widest = self.batched_cells = 0
         self.fresh_captures = 0
+        self.state_bytes = 0  # what comes in from the segment before, at most
         self.seconds = 0.0
         self.layers: set[int] = set()
         self.grid: list[tuple[int, int, int, int]] = []  # segment, layer, cell number, wave
@@ -133,6 +134,8 @@ class Run:
             if is_weight:
                 continue
             boxes[node] = self._input(value) if isinstance(value, torch.Tensor) else value
+        held = sum(value.nbytes for value in args if id(value) in self._pending)
+        self.state_bytes = max(self.state_bytes, held)
         for node, source, dim, start, stop, drop in program.reads:
             found = read(boxes[source], dim, start, stop, drop)
             if found is None:
