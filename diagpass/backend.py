@@ -27,6 +27,7 @@ from diagpass.errors import CaptureError, DiagpassWarning
 from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal, RunSequentially
 from diagpass.report import Report, make_report
+from diagpass.repro import script
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +98,10 @@ class Session:
         found: list[Analysis] = []
 
         def lower(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+            names, is_weight = _names(gm, graph), _functional_weights(graph, weights)
+            repro = script(graph, is_weight)
             analysis = pipeline.analyse(graph, self.options)
-            analysis = dataclasses.replace(analysis, names=_names(gm, graph))
-            is_weight = _functional_weights(graph, weights)
+            analysis = dataclasses.replace(analysis, names=names, repro=repro)
             if self.analyse_only:
                 raise OnlyAnalysed(pipeline.predict(graph, analysis, is_weight, self.options))
             forced = self.options.schedule == "wavefront" and analysis.may_be_forced

@@ -28,6 +28,7 @@ from diagpass.describe.cost import stack_bytes
 from diagpass.describe.predict import obstacles
 from diagpass.errors import ChainError, DiagpassError, SequentialError
 from diagpass.ir import CellGraph, Edge, Schedule
+from diagpass.logs import artifact
 from diagpass.lowering.emit import Emitted, emit
 from diagpass.lowering.weights import WeightPlan, plan_weights, split_groups
 from diagpass.options import Options
@@ -74,6 +75,7 @@ class Analysis:
     emitted: Emitted | None = None
     names: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
     forecast: Forecast | None = None
+    repro: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -104,12 +106,21 @@ def stage(name: str):
 
 def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
     """Functional graph -> cells, dependencies and waves, and whether they leave any width."""
+    artifact("diagpass_before", lambda: gm.print_readable(print_output=False))
     prepare(gm)
     cells, refusal = cut_into_cells(gm, options)
     if cells is None:
         return Analysis(None, Schedule(()), None, refusal)
     waves = schedule(cells, options.max_width)
     free = waves if options.max_width is None else schedule(cells)
+    log.debug(
+        "%d operations: %d cells of %d kinds, %d dependencies, %d waves",
+        len(gm.graph.nodes),
+        len(cells.cells),
+        len(cells.kinds),
+        cells.dag.number_of_edges(),
+        len(waves.waves),
+    )
     chain = find_chain(cells)
     if refusal is None and free.mean_width < LEAST_MEAN_WIDTH:
         refusal = _narrow(cells, free, chain)
@@ -215,6 +226,7 @@ def lower(
             wrap=InductorKind if compiled else lambda graph, name: graph,
             numbers_as_tensors=compiled,
         )
+    artifact("diagpass_after", lambda: emitted.module.print_readable(print_output=False))
     stacks = WeightStacks(
         [stack.rows for stack in plan.stacks],
         [stack.owns for stack in plan.stacks],

@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from importlib import resources
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagpass.describe.advice import advise
 from diagpass.describe.facts import block_facts, kind_facts, path_facts, state_bytes, wave_bytes
 from diagpass.describe.places import crossing, line_of, short
 from diagpass.describe.text import as_html, as_rich, as_text
+from diagpass.errors import DiagpassError
 from diagpass.ir import Edge
 from diagpass.pipeline import Analysis, Refusal
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "make_report", "refusal_facts", "schema"]
 
-_HIDDEN = ("code",)
+_HIDDEN = ("code", "repro")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Report:
         How often user Python was traced, and how many plans there are.
     code
         The emitted graph as Python text, or None.
+    repro
+        What :meth:`save_repro` writes, or None.
     grid, edges, schedule
         See :meth:`to_dict`.
     """
@@ -105,12 +110,13 @@ class Report:
     plans: int = 0
     planning_seconds: float = 0.0
     code: str | None = dataclasses.field(default=None, repr=False)
+    repro: str | None = dataclasses.field(default=None, repr=False)
     grid: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
     edges: list[list[int]] = dataclasses.field(default_factory=list, repr=False)
     schedule: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but ``code``, as plain Python values.
+        """Everything but ``code`` and ``repro``, as plain Python values.
 
         ``grid`` has one entry per cell (``segment``, ``layer``, ``path``, ``kind``, ``wave``),
         ``edges`` pairs of positions in the grid (the first must run before the second), ``schedule``
@@ -131,6 +137,21 @@ class Report:
     def to_json(self, indent: int | None = 2) -> str:
         """:meth:`to_dict` as JSON text; :func:`schema` describes it."""
         return json.dumps(self.to_dict(), indent=indent)
+
+    def save_repro(self, path: str | PathLike[str]) -> None:
+        """Write a script for a bug report: the graph, random inputs, the report and a comparison.
+
+        Raises
+        ------
+        DiagpassError
+            There is no graph to write: the model was not captured, or not as one graph of fixed sizes.
+        """
+        if self.repro is None:
+            raise DiagpassError(
+                "this report has no graph to save: the model was not captured, has symbolic sizes, or is a "
+                "SegmentLoop; save the report of a call that unrolls the loop, or send report.to_json()"
+            )
+        Path(path).write_text(self.repro, "utf-8")
 
     def timed(self, **seconds: float) -> Report:
         """A copy that knows how long something took, in seconds, by name."""
@@ -229,6 +250,7 @@ def make_report(analysis: Analysis, ran: str | None = None) -> Report:
             "wave": wave_bytes(schedule, kinds),
         },
         code=emitted.module.code if emitted else None,
+        repro=analysis.repro,
         grid=grid,
         edges=edges,
         schedule=schedule,

@@ -58,7 +58,8 @@ def load(target: str) -> tuple[nn.Module, tuple[Any, ...]]:
             if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
                 raise TargetError(
                     f"there is no module {error.name!r}, neither in the current folder "
-                    f"({os.getcwd()}) nor on PYTHONPATH; check the spelling, or run diagpass where {name.partition('.')[0]} is"
+                    f"({os.getcwd()}) nor on PYTHONPATH; check the spelling, or run diagpass where "
+                    f"{name.partition('.')[0]} is"
                 ) from error
             raise TargetError(
                 f"module {name!r} needs {error.name!r}, which is not installed; install it in the "

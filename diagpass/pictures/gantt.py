@@ -54,7 +54,8 @@ def plot_gantt(report: HasDict, path: str | PathLike[str]) -> None:
         len(order),
         f"wavefront: {count(grid.num_waves, 'step')}, {mean:.2f} cells each on average",
     )
-    below.set_xlabel("step (one cell above, one wave below); colour: wave, number: segment")
+    number = ", number: segment" if len(order) <= _NUMBERS else ""
+    below.set_xlabel(f"step (one cell above, one wave below); colour: wave{number}")
     figure.suptitle(grid.title(), fontsize=13)
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=120)
