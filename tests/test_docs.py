@@ -1,4 +1,4 @@
-"""The documentation: every example in README and docs runs, links between pages lead somewhere, the site builds."""
+"""The documentation: examples in README and docs run, links between pages lead somewhere, the site builds."""
 
 from __future__ import annotations
 
