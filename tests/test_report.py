@@ -277,3 +277,42 @@ def test_all_forms_have_the_same_content() -> None:
 def test_words() -> None:
     assert ranges([0, 1, 2, 5]) == "0-2, 5"
     assert (size(12), size(1500), size(2e9)) == ("12 B", "1.5 kB", "2.0 GB")
+
+
+class ChainStep(nn.Module):
+    """The last layer's result is added to the first layer's next input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.memory = torch.zeros(2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.memory
+        for layer in self.layers:
+            x = layer(x)
+        self.memory = x * 0.5
+        return x
+
+
+def test_a_chain_of_a_step_is_named_with_both_ends() -> None:
+    loop = diagpass.SegmentLoop(ChainStep().eval(), segment_size=2, dim=0)
+    with torch.no_grad():
+        report = explain(loop, (torch.randn(10, 4),))
+    assert report.verdict == "sequential" and report.coverage["batched_cells"] == 0
+    block = report.blocking
+    assert block and (block["count"], block["waves"], block["waves_without"]) == (4, 15, 3)
+    assert block["source"]["path"] == "layers.2" and block["target"]["path"] == "layers.0"
+    for end in ("source", "target"):
+        assert block[end]["operation"] and block[end]["line"].startswith("tests/test_report.py:")
+    assert_says(
+        report,
+        """
+        verdict: sequential (a chain leaves no width: output of layers.2 at segment 0
+        feeds layers.0 at segment 1
+        blocking: 4 edges chain
+        made by layers.2 at segment 0
+        read by layers.0 at segment 1
+        to change: let each layer carry its own state
+        """,
+    )
