@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagpass.describe.advice import advise
+from diagpass.describe.estimate import estimate
 from diagpass.describe.facts import block_facts, kind_facts, path_facts, state_bytes, wave_bytes
 from diagpass.describe.places import crossing, line_of, short
 from diagpass.describe.text import as_html, as_rich, as_text
@@ -152,6 +153,20 @@ class Report:
                 "SegmentLoop; save the report of a call that unrolls the loop, or send report.to_json()"
             )
         Path(path).write_text(self.repro, "utf-8")
+
+    def estimate(
+        self, flops_per_second: float, bytes_per_second: float, start_seconds: float = 0.0
+    ) -> dict[str, float]:
+        """Seconds by the cost model, ``"sequential"`` and ``"wavefront"``, for a machine with these figures.
+
+        Parameters
+        ----------
+        flops_per_second, bytes_per_second
+            What the machine sustains in matrix products and in memory traffic.
+        start_seconds
+            What starting one operation costs.
+        """
+        return estimate(self.kinds, self.schedule, flops_per_second, bytes_per_second, start_seconds)
 
     def timed(self, **seconds: float) -> Report:
         """A copy that knows how long something took, in seconds, by name."""

@@ -271,7 +271,19 @@ def test_all_forms_have_the_same_content() -> None:
         assert f">{title}<" in page
         assert lines[0].replace("'", "&#x27;").replace("<", "&lt;") in page
     assert report.timed(sequential=0.5).to_dict()["times"] == {"sequential": 0.5}
-    assert "times: sequential 500.00 ms" in str(report.timed(sequential=0.5))
+    assert "sequential 500.00 ms, " in str(report.timed(sequential=0.5))
+
+
+def test_the_estimate_counts_starts_once_a_group() -> None:
+    loop, x, _ = step(layers=2)
+    with torch.no_grad():
+        report = explain(loop, (x,))
+    (kind,) = report.kinds
+    starts = report.estimate(1e30, 1e30, start_seconds=1.0)
+    assert starts["sequential"] == pytest.approx(10 * kind["operations"])
+    assert starts["wavefront"] == pytest.approx(report.waves * kind["operations"])
+    work = report.estimate(1.0, 1e30)
+    assert work["sequential"] == pytest.approx(work["wavefront"]) == 10 * kind["flops"] == 10 * 2 * 2 * 4 * 4
 
 
 def test_words() -> None:

@@ -9,6 +9,7 @@ import html
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from diagpass.describe.estimate import total_flops
 from diagpass.describe.figures import count, letter, ranges, size, work
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
     if r.cells:
         yield "memory", [_memory(r)]
     if r.times:
-        yield "times", [", ".join(f"{name} {1e3 * s:,.2f} ms" for name, s in r.times.items())]
+        yield "times", list(_times(r))
     if r.ran is not None:
         yield (
             "ran",
@@ -66,6 +67,14 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
 def _outcome(r: Any) -> str:
     narrow = "" if r.waves >= r.cells else f" instead of {r.cells:,} steps one after the other"
     return f"the cells run in {count(r.waves, 'wave')}{narrow}, with the results of the model as it stands"
+
+
+def _times(r: Any) -> Iterator[str]:
+    flops = total_flops(r.kinds)
+    yield f"measured; the cells have {work(flops)} of matrix products"
+    for name, seconds in r.times.items():
+        rate = f", {work(flops / seconds)}/s" if seconds and flops else ""
+        yield f"{name} {1e3 * seconds:,.2f} ms{rate}"
 
 
 def _kinds(kinds: list[dict[str, Any]]) -> Iterator[str]:
