@@ -1,8 +1,8 @@
 """The cost model: seconds of a sequential run and of the waves, from FLOPs, bytes and a machine's figures.
 
 A cell takes its operations times the start of a kernel, plus the larger of computing and moving; a wave
-starts each operation of a group once and computes and moves for all its cells (``docs/derivations.md``). Glue is not
-counted, nor what fusion saves: it orders alternatives, it does not replace a measurement.
+starts each operation of a group once and computes and moves for all its cells (``docs/derivations.md``).
+Glue is not counted, nor what fusion saves: it orders alternatives, it does not replace a measurement.
 """
 
 from __future__ import annotations
