@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: demo test timing lint format fuzz install clean help
+.PHONY: demo docs linkcheck test timing lint format fuzz install clean help
 
 demo: $(STAMP)  ## run the main job on an ARMT over a Llama: picture, waves, agreement, timings
 	$(BIN)/python -m examples.demo
@@ -46,6 +46,12 @@ format: $(STAMP)  ## let ruff format the code and mend what it can
 fuzz: $(STAMP)  ## draw random models for DIAGPASS_FUZZ_SECONDS (60) seconds and print how many
 	DIAGPASS_FUZZ_SECONDS=$(DIAGPASS_FUZZ_SECONDS) $(BIN)/python -m tests.fuzz
 
+docs: $(STAMP)  ## build the documentation site in docs/_build/html, warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+linkcheck: $(STAMP)  ## check the links of the documentation (needs a network)
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
+
 install: $(STAMP)  ## make the environment only
 
 # torch comes first and pinned, so that nothing later can pull another build of it.
@@ -62,8 +68,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:  ## remove the environment and everything that was made
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis demo-grid.png
+	rm -rf $(VENV) build dist docs/_build docs/_generated .pytest_cache .ruff_cache .hypothesis demo-grid.png
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -22,10 +22,12 @@ from torch._guards import CompileContext, TracingContext
 
 from diagpass import pipeline
 from diagpass.capture import dynamo, functional
+from diagpass.capture.marks import attribute_path
 from diagpass.errors import CaptureError, DiagpassWarning
 from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal, RunSequentially
 from diagpass.report import Report, make_report
+from diagpass.repro import script
 
 log = logging.getLogger(__name__)
 
@@ -96,16 +98,17 @@ class Session:
         found: list[Analysis] = []
 
         def lower(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+            names, is_weight = _names(gm, graph), _functional_weights(graph, weights)
+            repro = script(graph, is_weight)
             analysis = pipeline.analyse(graph, self.options)
+            analysis = dataclasses.replace(analysis, names=names, repro=repro)
             if self.analyse_only:
-                raise OnlyAnalysed(analysis)
+                raise OnlyAnalysed(pipeline.predict(graph, analysis, is_weight, self.options))
             forced = self.options.schedule == "wavefront" and analysis.may_be_forced
             wanted = self.options.schedule != "sequential"
             if not wanted or (analysis.refusal is not None and not forced):
                 raise RunSequentially(analysis)
-            program, analysis = pipeline.lower(
-                graph, analysis, _functional_weights(graph, weights), self.options
-            )
+            program, analysis = pipeline.lower(graph, analysis, is_weight, self.options)
             found.append(analysis)
             return program
 
@@ -206,6 +209,20 @@ def _is_symbolic(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return any(not isinstance(size, int) for size in value.shape)
     return False
+
+
+def _names(gm: fx.GraphModule, graph: fx.GraphModule) -> dict[fx.Node, str]:
+    """What the user calls the inputs of the functional graph."""
+    captured = gm.graph.find_nodes(op="placeholder")
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    if len(captured) != len(placeholders):
+        return {}
+    sources = [getattr(node.meta.get("grapharg"), "source", None) for node in captured]
+    return {
+        node: attribute_path(dynamo.source_name(source))
+        for node, source in zip(placeholders, sources, strict=True)
+        if source is not None
+    }
 
 
 def _functional_weights(graph: fx.GraphModule, weights: Sequence[bool]) -> list[bool]:

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,16 @@ from diagpass.capture import functional
 from diagpass.capture.aliases import forward_aliases
 from diagpass.capture.marks import module_of, source_line
 from diagpass.capture.masks import drop_causal_masks
+from diagpass.describe.cost import stack_bytes
+from diagpass.describe.predict import obstacles
 from diagpass.errors import ChainError, DiagpassError, SequentialError
 from diagpass.ir import CellGraph, Edge, Schedule
+from diagpass.logs import artifact
 from diagpass.lowering.emit import Emitted, emit
-from diagpass.lowering.weights import plan_weights, split_groups
+from diagpass.lowering.weights import WeightPlan, plan_weights, split_groups
 from diagpass.options import Options
 from diagpass.runtime.compiled import InductorKind
-from diagpass.runtime.stacks import WeightStacks
+from diagpass.runtime.stacks import ALIGNMENT, WeightStacks
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -46,6 +49,19 @@ class Refusal:
     reason: str
     error: type[DiagpassError] = SequentialError
     legal: bool = False  # a wavefront would be right, only not wider
+    module: str | None = None  # where it is, as far as known
+    line: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What a run batches and holds, known without running: cells, reasons by kind, bytes of weight stacks."""
+
+    batched_cells: int
+    obstacles: Mapping[int, str]
+    stacked_bytes: int
+    copied_bytes: int
+    weights: frozenset[fx.Node]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +74,9 @@ class Analysis:
     refusal: Refusal | None
     notes: tuple[str, ...] = ()
     emitted: Emitted | None = None
+    names: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
+    forecast: Forecast | None = None
+    repro: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -88,12 +107,21 @@ def stage(name: str):
 
 def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
     """Functional graph -> cells, dependencies and waves, and whether they leave any width."""
+    artifact("diagpass_before", lambda: gm.print_readable(print_output=False))
     prepare(gm)
     cells, refusal = cut_into_cells(gm, options)
     if cells is None:
         return Analysis(None, Schedule(()), None, refusal)
     waves = schedule(cells, options.max_width)
     free = waves if options.max_width is None else schedule(cells)
+    log.debug(
+        "%d operations: %d cells of %d kinds, %d dependencies, %d waves",
+        len(gm.graph.nodes),
+        len(cells.cells),
+        len(cells.kinds),
+        cells.dag.number_of_edges(),
+        len(waves.waves),
+    )
     chain = find_chain(cells)
     if refusal is None and free.mean_width < LEAST_MEAN_WIDTH:
         refusal = _narrow(cells, free, chain)
@@ -136,7 +164,9 @@ def cut_into_cells(
         names = sorted({f"{node.target} in {module_of(node)}" for node in random})
         return cells, Refusal(
             f"random numbers are drawn in program order by {', '.join(names)}, and reordering the cells "
-            "would change them (call model.eval(), or set dropout to 0)"
+            "would change them (call model.eval(), or set dropout to 0)",
+            module=module_of(random[0]),
+            line=source_line(random[0]),
         )
     return cells, _absolute_strides(cells)
 
@@ -150,6 +180,8 @@ def _narrow(cells: CellGraph, waves: Schedule, chain: Edge | None) -> Refusal:
             f"{len(waves.waves)} waves",
             ChainError,
             legal=True,
+            module=chain.source.path,
+            line=line,
         )
     segments = {cell.segment for cell in cells.cells}
     layers = {cell.layer for cell in cells.cells}
@@ -187,11 +219,7 @@ def lower(
     """
     if analysis.cells is None:
         raise RunSequentially(analysis)
-    found = analysis.cells
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    numbers = {node: at for at, node in enumerate(placeholders) if weights[at]}
-    plan = plan_weights(found.kinds, lambda at: found.cells[at].layer, numbers)
-    waves = split_groups(analysis.cells, analysis.schedule, plan)
+    plan, waves = _plan(gm, analysis.cells, analysis.schedule, weights)
     compiled = options.compiler == "inductor"
     with stage("batch kinds and emit"):
         emitted = emit(
@@ -201,6 +229,7 @@ def lower(
             wrap=InductorKind if compiled else lambda graph, name: graph,
             numbers_as_tensors=compiled,
         )
+    artifact("diagpass_after", lambda: emitted.module.print_readable(print_output=False))
     stacks = WeightStacks(
         [stack.rows for stack in plan.stacks],
         [stack.owns for stack in plan.stacks],
@@ -211,7 +240,46 @@ def lower(
         return emitted.module(*args, *stacks(args))
 
     notes = (*analysis.notes, *emitted.notes)
-    return program, dataclasses.replace(analysis, schedule=waves, notes=notes, emitted=emitted)
+    unbatched = emitted.obstacles
+    forecast = _forecast(gm, plan, emitted.batched_cells, unbatched, options)
+    return program, dataclasses.replace(
+        analysis, schedule=waves, notes=notes, emitted=emitted, forecast=forecast
+    )
+
+
+def predict(gm: fx.GraphModule, analysis: Analysis, weights: Sequence[bool], options: Options) -> Analysis:
+    """Complete an analysis by what :func:`lower` would batch and hold; one trace a kind, nothing compiled."""
+    found = analysis.cells
+    if found is None:
+        return analysis
+    plan, waves = _plan(gm, found, analysis.schedule, weights)
+    reasons = obstacles(found.kinds) if analysis.refusal is None else {}
+    batched = sum(
+        len(group.cells)
+        for wave in waves.waves
+        for group in wave.groups
+        if len(group.cells) > 1 and group.kind not in reasons and analysis.refusal is None
+    )
+    return dataclasses.replace(analysis, forecast=_forecast(gm, plan, batched, reasons, options))
+
+
+def _plan(
+    gm: fx.GraphModule, found: CellGraph, waves: Schedule, weights: Sequence[bool]
+) -> tuple[WeightPlan, Schedule]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    numbers = {node: at for at, node in enumerate(placeholders) if weights[at]}
+    plan = plan_weights(found.kinds, lambda at: found.cells[at].layer, numbers)
+    return plan, split_groups(found, waves, plan)
+
+
+def _forecast(
+    gm: fx.GraphModule, plan: WeightPlan, batched: int, reasons: Mapping[int, str], options: Options
+) -> Forecast:
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    stacks = [stack_bytes((values[row] for row in stack.rows), ALIGNMENT) for stack in plan.stacks]
+    shared = [options.weights == "share" and stack.owns for stack in plan.stacks]
+    copied = sum(size for size, is_shared in zip(stacks, shared, strict=True) if not is_shared)
+    return Forecast(batched, dict(reasons), sum(stacks), copied, frozenset(plan.numbers))
 
 
 def _drop_assertions(gm: fx.GraphModule) -> None:
@@ -236,6 +304,8 @@ def _absolute_strides(cells: CellGraph) -> Refusal | None:
             line = source_line(node)
             return Refusal(
                 f"as_strided in {module_of(node)}{f' ({line})' if line else ''} reads memory by absolute "
-                "strides, which batching would move"
+                "strides, which batching would move",
+                module=module_of(node),
+                line=line,
             )
     return None

@@ -1,14 +1,33 @@
-"""What was found and what was done: :class:`Report`, as text and as a dict."""
+"""What was found and what was done: :class:`Report`, as text, as plain data and in a notebook.
+
+The keys of :meth:`Report.to_dict` are described by the JSON schema in ``report.schema.json``
+(:func:`schema`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from diagpass.describe.advice import advise
+from diagpass.describe.estimate import estimate
+from diagpass.describe.facts import block_facts, kind_facts, path_facts, state_bytes, wave_bytes
+from diagpass.describe.places import crossing, line_of, short
+from diagpass.describe.text import as_html, as_rich, as_text
+from diagpass.errors import DiagpassError
 from diagpass.ir import Edge
-from diagpass.pipeline import Analysis
+from diagpass.pipeline import Analysis, Refusal
 
-__all__ = ["Report", "make_report"]
+if TYPE_CHECKING:
+    from rich.text import Text
+
+__all__ = ["Report", "make_report", "refusal_facts", "schema"]
+
+_HIDDEN = ("code", "repro")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +41,10 @@ class Report:
     mean_width
         Cells per wave.
     kinds
-        One dict per kind: ``index``, ``cells`` (how many), ``layers`` (sorted), ``first`` (the first
-        cell in words), ``operations`` (per cell), ``unbatchable`` (None or the operation).
+        One dict per kind: ``index``, ``cells`` (how many), ``layers`` (sorted), ``segments`` (in words),
+        ``first`` (the first cell in words), ``operations``, ``flops`` (matrix products), ``bytes`` (operands
+        and results), ``weight_bytes``, ``result_bytes`` (all per cell), ``unbatchable`` (None or why),
+        ``differs`` (None, or why it is not one with the next kind: ``kind``, ``cause``, ``text``, ``place``).
     verdict
         ``"wavefront"`` or ``"sequential"``: what the dataflow permits, whatever the speed.
     reason
@@ -35,13 +56,33 @@ class Report:
     ran
         ``"wavefront"``, ``"sequential"``, or None where nothing has run (``explain``).
     batched_cells
-        Cells that run in groups of two or more.
+        Cells that ran in groups of two or more; 0 where nothing has run.
+    coverage
+        Cells that run, or would run, in groups of two or more: ``batched_cells``, ``cells``, ``fraction``.
+    critical_path
+        The longest path: ``length`` in cells, ``cells`` (positions in the grid), ``steps`` by reach.
+    blocking
+        None, or the dependencies without which fewer waves would do: ``reach`` in words, ``count``,
+        ``waves``, ``waves_without``, and ``source`` and ``target`` of one (``path``, ``layer``, ``segment``,
+        ``operation``, ``module``, ``line``).
+    refusals
+        What does not run as a wavefront: ``what``, ``effect`` (``"sequential"`` or ``"unbatched"``),
+        ``module``, ``line``.
+    advice
+        What to change, most important first; empty if nothing.
+    memory
+        Bytes: ``weights`` (the stacks), ``copied`` (weights held a second time), ``state`` (held from
+        segment to segment), ``wave`` (results of the largest wave).
+    times
+        Seconds by what was measured, such as ``"sequential"`` and ``"wavefront"`` (:meth:`timed`).
     planning_seconds
         What the last call spent on putting cells into waves; 0.0 where the schedule is part of the capture.
     captures, plans
         How often user Python was traced, and how many plans there are.
     code
         The emitted graph as Python text, or None.
+    repro
+        What :meth:`save_repro` writes, or None.
     grid, edges, schedule
         See :meth:`to_dict`.
     """
@@ -59,16 +100,24 @@ class Report:
     notes: list[str]
     ran: str | None = None
     batched_cells: int = 0
+    coverage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    critical_path: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    blocking: dict[str, Any] | None = None
+    refusals: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    advice: list[str] = dataclasses.field(default_factory=list)
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
     captures: int = 0
     plans: int = 0
     planning_seconds: float = 0.0
     code: str | None = dataclasses.field(default=None, repr=False)
+    repro: str | None = dataclasses.field(default=None, repr=False)
     grid: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
     edges: list[list[int]] = dataclasses.field(default_factory=list, repr=False)
     schedule: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but ``code``, as plain Python values.
+        """Everything but ``code`` and ``repro``, as plain Python values.
 
         ``grid`` has one entry per cell (``segment``, ``layer``, ``path``, ``kind``, ``wave``),
         ``edges`` pairs of positions in the grid (the first must run before the second), ``schedule``
@@ -77,7 +126,7 @@ class Report:
         found = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name != "code"
+            if field.name not in _HIDDEN
         }
         if self.chain is not None:
             ends = (("source", self.chain.source), ("target", self.chain.target))
@@ -86,40 +135,110 @@ class Report:
             }
         return found
 
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON text; :func:`schema` describes it."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def save_repro(self, path: str | PathLike[str]) -> None:
+        """Write a script for a bug report: the graph, random inputs, the report and a comparison.
+
+        Raises
+        ------
+        DiagpassError
+            There is no graph to write: the model was not captured, or not as one graph of fixed sizes.
+        """
+        if self.repro is None:
+            raise DiagpassError(
+                "this report has no graph to save: the model was not captured, has symbolic sizes, or is a "
+                "SegmentLoop; save the report of a call that unrolls the loop, or send report.to_json()"
+            )
+        Path(path).write_text(self.repro, "utf-8")
+
+    def estimate(
+        self, flops_per_second: float, bytes_per_second: float, start_seconds: float = 0.0
+    ) -> dict[str, float]:
+        """Seconds by the cost model, ``"sequential"`` and ``"wavefront"``, for a machine with these figures.
+
+        Parameters
+        ----------
+        flops_per_second, bytes_per_second
+            What the machine sustains in matrix products and in memory traffic.
+        start_seconds
+            What starting one operation costs.
+        """
+        return estimate(self.kinds, self.schedule, flops_per_second, bytes_per_second, start_seconds)
+
+    def timed(self, **seconds: float) -> Report:
+        """A copy that knows how long something took, in seconds, by name."""
+        return dataclasses.replace(self, times={**self.times, **seconds})
+
     def __str__(self) -> str:
-        lines = [
-            f"verdict: {self.verdict}" + (f" ({self.reason})" if self.reason else ""),
-            f"grid: {self.layers} layers x {self.segments} segments, {self.cells:,} cells",
-            f"waves: {self.waves:,}, mean width {self.mean_width:.2f}, max width {self.max_width}",
-        ]
-        for kind in self.kinds:
-            layers = _ranges(kind["layers"])
-            line = (
-                f"kind {kind['index']}: {kind['cells']} cells, layers {layers}, "
-                f"{kind['operations']} operations each, first {kind['first']}"
-            )
-            if kind["unbatchable"]:
-                line += f"; runs unbatched: {kind['unbatchable']}"
-            lines.append(line)
-        if self.chain is not None:
-            lines.append(f"chain: {self.chain}")
-        if self.ran is not None:
-            lines.append(
-                f"ran: {self.ran}, {self.batched_cells:,} of {self.cells:,} cells batched, "
-                f"{self.captures} captures, {self.plans} plans"
-            )
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return as_text(self)
+
+    def __rich__(self) -> Text:
+        return as_rich(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of :meth:`Report.to_dict`."""
+    return json.loads(resources.files("diagpass").joinpath("report.schema.json").read_text("utf-8"))
+
+
+def refusal_facts(
+    refusal: Refusal | None, kinds: list[dict[str, Any]], notes: list[str]
+) -> list[dict[str, Any]]:
+    """What does not run as a wavefront, and where it is."""
+    found = []
+    if refusal is not None:
+        line = short(refusal.line) or line_of(refusal.reason)
+        found.append({"what": refusal.reason, "effect": "sequential", "module": refusal.module, "line": line})
+    for kind in kinds:
+        if kind["unbatchable"]:
+            what = next((note for note in notes if kind["unbatchable"] in note), kind["unbatchable"])
+            first = kind["first"].partition(" at segment ")[0]
+            found.append({"what": what, "effect": "unbatched", "module": first, "line": line_of(what)})
+    return found
 
 
 def make_report(analysis: Analysis, ran: str | None = None) -> Report:
     """The report of one plan."""
-    cells = analysis.cells.cells if analysis.cells else ()
-    kinds = analysis.cells.kinds if analysis.cells else ()
-    kind_of = analysis.cells.kind_of if analysis.cells else {}
+    found = analysis.cells
+    cells = found.cells if found else ()
+    kind_of = found.kind_of if found else {}
     waves = analysis.schedule.waves
     wave_of = {cell: at for at, wave in enumerate(waves) for group in wave.groups for cell in group.cells}
-    emitted = analysis.emitted
+    emitted, forecast = analysis.emitted, analysis.forecast
+    obstacles = forecast.obstacles if forecast else {}
+    weights = forecast.weights if forecast else frozenset()
+    grid = [
+        {
+            "segment": cell.segment,
+            "layer": cell.layer,
+            "path": cell.path,
+            "kind": kind_of[cell.index],
+            "wave": wave_of[cell.index],
+        }
+        for cell in cells
+    ]
+    edges = sorted([a, b] for a, b in found.dag.edges) if found else []
+    schedule = [[{"kind": group.kind, "cells": list(group.cells)} for group in wave.groups] for wave in waves]
+    kinds = (
+        kind_facts(found.kinds, cells, grid, weights.__contains__, analysis.names, obstacles) if found else []
+    )
+    path = path_facts(grid, edges)
+
+    def ends(before: int, after: int) -> Any:
+        return crossing(cells[before].nodes, cells[after].nodes, found.owner if found else {})
+
+    block = block_facts(grid, edges, path["cells"], ends)
+    reason = analysis.refusal.reason if analysis.refusal else None
+    notes = list(analysis.notes)
+    would = forecast.batched_cells if forecast and analysis.refusal is None else 0
+    if ran is not None:
+        would = emitted.batched_cells if emitted and ran == "wavefront" else 0
     return Report(
         segments=len({cell.segment for cell in cells}),
         layers=len({cell.layer for cell in cells}),
@@ -127,47 +246,32 @@ def make_report(analysis: Analysis, ran: str | None = None) -> Report:
         waves=len(waves),
         max_width=analysis.schedule.max_width,
         mean_width=analysis.schedule.mean_width,
-        kinds=[
-            {
-                "index": kind.index,
-                "cells": len(kind.cells),
-                "layers": sorted({cells[at].layer for at in kind.cells}),
-                "first": str(cells[kind.cells[0]]),
-                "operations": len(cells[kind.cells[0]].nodes),
-                "unbatchable": kind.unbatchable,
-            }
-            for kind in kinds
-        ],
+        kinds=kinds,
         verdict=analysis.verdict,
-        reason=analysis.refusal.reason if analysis.refusal else None,
+        reason=reason,
         chain=analysis.chain,
-        notes=list(analysis.notes),
+        notes=notes,
         ran=ran,
-        batched_cells=emitted.batched_cells if emitted and ran == "wavefront" else 0,
+        batched_cells=would if ran is not None else 0,
+        coverage=coverage_facts(would, len(cells)),
+        critical_path=path,
+        blocking=block,
+        refusals=refusal_facts(analysis.refusal, kinds, notes),
+        advice=advise(reason, kinds, block, len(cells)),
+        memory={
+            "weights": forecast.stacked_bytes if forecast else 0,
+            "copied": forecast.copied_bytes if forecast else 0,
+            "state": state_bytes(found) if found else 0,
+            "wave": wave_bytes(schedule, kinds),
+        },
         code=emitted.module.code if emitted else None,
-        grid=[
-            {
-                "segment": cell.segment,
-                "layer": cell.layer,
-                "path": cell.path,
-                "kind": kind_of[cell.index],
-                "wave": wave_of[cell.index],
-            }
-            for cell in cells
-        ],
-        edges=sorted([a, b] for a, b in analysis.cells.dag.edges) if analysis.cells else [],
-        schedule=[
-            [{"kind": group.kind, "cells": list(group.cells)} for group in wave.groups] for wave in waves
-        ],
+        repro=analysis.repro,
+        grid=grid,
+        edges=edges,
+        schedule=schedule,
     )
 
 
-def _ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` -> ``"0-2, 5"``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+def coverage_facts(batched: int, cells: int) -> dict[str, Any]:
+    """How much runs in groups of two or more."""
+    return {"batched_cells": batched, "cells": cells, "fraction": batched / cells if cells else 0.0}

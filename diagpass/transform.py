@@ -17,11 +17,11 @@ from diagpass.errors import DiagpassError, OptionError
 from diagpass.ir import Schedule
 from diagpass.loop import SegmentLoop
 from diagpass.options import Options
-from diagpass.pipeline import Analysis, Refusal
+from diagpass.pipeline import Analysis
 from diagpass.report import Report, make_report
 from diagpass.rolled.face import TransformedLoop, explain_loop
 from diagpass.state import Snapshot
-from diagpass.transformed import CaptureFailed, Transformed, call_entry, make_entry
+from diagpass.transformed import CaptureFailed, Transformed, call_entry, make_entry, not_captured
 
 __all__ = ["Transformed", "explain", "transform"]
 
@@ -117,7 +117,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         except OnlyAnalysed as found:
             return make_report(found.analysis)
         except CaptureFailed as failed:
-            refusal = Refusal(f"the model could not be captured as one graph: {failed}")
+            refusal = not_captured(model, failed)
             return make_report(Analysis(None, Schedule(()), None, refusal))
         finally:
             before.restore()

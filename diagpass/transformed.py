@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from diagpass.backend import FoundCounters, OnlyAnalysed, OnlyCaptured, Session
 from diagpass.capture import dynamo
+from diagpass.describe.places import line_of, module_at
 from diagpass.errors import CaptureError, DiagpassError, VerificationError
 from diagpass.ir import Schedule
 from diagpass.options import Options
@@ -44,6 +45,7 @@ __all__ = [
     "call_key",
     "is_disabled",
     "make_entry",
+    "not_captured",
     "with_signature",
 ]
 
@@ -230,7 +232,7 @@ class Transformed(nn.Module):
             return result
 
     def _refuse(self, failed: Exception) -> None:
-        refusal = Refusal(f"the model could not be captured as one graph: {failed}", CaptureError)
+        refusal = not_captured(self._original, failed)
         self._session.last = make_report(Analysis(None, Schedule(()), None, refusal), "sequential")
         self._session.refuse(refusal)
 
@@ -305,6 +307,13 @@ class Transformed(nn.Module):
         import copy
 
         return type(self)(copy.deepcopy(self._original, memo), self._options)
+
+
+def not_captured(model: nn.Module, failed: Exception, what: str = "model") -> Refusal:
+    """The refusal of a model (or step) that Dynamo could not capture: the reason, the module and the line."""
+    line = line_of(str(failed))
+    reason = f"the {what} could not be captured as one graph: {failed}"
+    return Refusal(reason, CaptureError, module=module_at(model, line), line=line)
 
 
 def is_disabled() -> bool:

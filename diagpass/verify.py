@@ -39,6 +39,20 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float(difference / scale) if scale > 0 else float("inf")
 
 
+def differences(reference: Reference, model: nn.Module, outputs: Any) -> list[tuple[str, float, torch.dtype]]:
+    """Name, relative error and data type of every output and state of a run, against a reference.
+
+    Raises
+    ------
+    VerificationError
+        The outputs or the state have another structure.
+    """
+    return [
+        (name, relative_error(value, expected), expected.dtype)
+        for name, value, expected in reference._pairs(model, outputs)
+    ]
+
+
 @dataclasses.dataclass
 class Reference:
     """The sequential run of one call: its outputs and the state it left."""

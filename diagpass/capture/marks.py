@@ -54,6 +54,12 @@ def module_path(raw: str) -> str:
     return ".".join(part for part in path.split(".") if part not in ("", "_modules", "__dict__"))
 
 
+def attribute_path(raw: str) -> str:
+    """Dynamo's name of a parameter, buffer or attribute as a user writes it: ``layers.0.read.weight``."""
+    parts = module_path(raw).split(".")
+    return ".".join(part for part in parts if part not in ("_parameters", "_buffers"))
+
+
 def calls_of(node: fx.Node) -> tuple[Call, ...]:
     """The calls around ``node``, outermost first, without the root module."""
     found = []

@@ -65,11 +65,12 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """The wavefront graph, which groups ran batched, and what kept kinds from it."""
+    """The wavefront graph, which groups ran batched, and what kept kinds from it (by kind)."""
 
     module: fx.GraphModule
     batched_cells: int
     notes: tuple[str, ...]
+    obstacles: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 class _Emitter:
@@ -82,6 +83,7 @@ class _Emitter:
         self.numbers: dict[tuple, fx.Node] = {}
         self.forms: dict[tuple, tuple[bool, ...] | None] = {}
         self.notes: dict[str, None] = {}
+        self.obstacles: dict[int, str] = {}
         self.batched_cells = 0
         self.wave = 0
 
@@ -98,7 +100,7 @@ class _Emitter:
         self._output(source.graph)
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, class_name="Wavefront")
-        return Emitted(module, self.batched_cells, tuple(self.notes))
+        return Emitted(module, self.batched_cells, tuple(self.notes), self.obstacles)
 
     # Values of the functional graph in the emitted one.
 
@@ -169,6 +171,7 @@ class _Emitter:
                 traced, stacked = batch_kind(kind, width, shared)
             except BatchingError as error:
                 first = self.cells.cells[kind.cells[0]]
+                self.obstacles[kind.index] = str(error)
                 self.notes[
                     f"kind {kind.index} ({len(kind.cells)} cells, first {first}) runs unbatched: {error}"
                 ] = None

@@ -21,7 +21,7 @@ from torch._dynamo.exc import RecompileError
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diagpass.capture import dynamo
-from diagpass.errors import CaptureError, DiagpassError, DiagpassWarning, SequentialError
+from diagpass.errors import DiagpassError, DiagpassWarning, SequentialError
 from diagpass.loop import (
     SegmentLoop,
     SegmentStream,
@@ -52,6 +52,7 @@ from diagpass.transformed import (
     call_key,
     is_disabled,
     make_entry,
+    not_captured,
     with_signature,
 )
 
@@ -443,7 +444,7 @@ class TransformedLoop(Transformed):
         if isinstance(stopped, Refused):
             refusal = stopped.refusal
         elif isinstance(stopped, CaptureFailed):
-            refusal = Refusal(f"the step could not be captured as one graph: {stopped}", CaptureError)
+            refusal = not_captured(self._original.step, stopped, "step")
         elif isinstance(stopped, Conflict) and stopped.refusal is not None:
             refusal = stopped.refusal
         else:

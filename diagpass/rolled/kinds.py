@@ -181,6 +181,22 @@ class Kinds:
 
     def refresh(self) -> None:
         """Bring plan and stacks up to date with the weights' values, before waves run."""
+        self.replan()
+        assert self._stacks is not None
+        found = self._stacks(self._objects)
+        if len(found) != len(self._stacked) or any(
+            a is not b for a, b in zip(found, self._stacked, strict=True)
+        ):
+            self._stacked = found
+            self._slices, self._groups = {}, {}
+        self._plans = {}  # a weight that is in no stack may have moved
+
+    def numbered(self) -> tuple[dict[fx.Node, int], list[torch.Tensor]]:
+        """The number of the weight behind each placeholder, and the weights."""
+        return self._numbers, self._objects
+
+    def replan(self) -> None:
+        """Decide which weights are stacked; no weight is touched."""
         if self._plan is None:
             layers = self.cells
             plan = plan_weights(self.kinds, lambda at: layers[at].layer, self._numbers)
@@ -195,14 +211,6 @@ class Kinds:
                 columns = [plan.rows(kind, at, kind.cells) or [] for at in served]
                 for number, row in zip(kind.cells, zip(*columns, strict=True), strict=False):
                     self._rows[number] = row
-        assert self._stacks is not None
-        found = self._stacks(self._objects)
-        if len(found) != len(self._stacked) or any(
-            a is not b for a, b in zip(found, self._stacked, strict=True)
-        ):
-            self._stacked = found
-            self._slices, self._groups = {}, {}
-        self._plans = {}  # a weight that is in no stack may have moved
 
     # Groups.
 

@@ -78,6 +78,7 @@ class Run:
         self.kinds, self.max_width, self.dry = kinds, max_width, dry
         self.segments = self.cells = self.waves = self.widest = self.batched_cells = 0
         self.fresh_captures = 0
+        self.state_bytes = 0  # what comes in from the segment before, at most
         self.seconds = 0.0
         self.layers: set[int] = set()
         self.grid: list[tuple[int, int, int, int]] = []  # segment, layer, cell number, wave
@@ -130,6 +131,8 @@ class Run:
             self.value_of(args[at]) if isinstance(args[at], torch.Tensor) else args[at]
             for at in program.moving
         ]
+        held = sum(args[at].nbytes for at in program.moving if id(args[at]) in self._pending)
+        self.state_bytes = max(self.state_bytes, held)
         results = self._results(program, args, self.core(program, inputs))
         self.last = program, args, results
         self.seconds += time.perf_counter() - begin

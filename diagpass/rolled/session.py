@@ -13,6 +13,7 @@ import torch.fx as fx
 from diagpass.backend import FoundCounters
 from diagpass.capture import dynamo
 from diagpass.errors import CaptureError
+from diagpass.logs import artifact
 from diagpass.options import Options
 from diagpass.pipeline import Refusal
 from diagpass.rolled.capture import capture
@@ -58,6 +59,7 @@ class StepSession:
             step = capture(gm, inputs, self.changing)
         except CaptureError as error:
             raise Refused(Refusal(f"the step cannot be deferred: {error}", CaptureError)) from None
+        artifact("diagpass_step", lambda: step.graph.print_readable(print_output=False))
         program = make_program(step, self.options)
         self.programs.append(program)
         log.info(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from diagpass.capture.marks import source_line
+from diagpass.describe.advice import advise
+from diagpass.describe.facts import block_facts, kind_facts, path_facts, wave_bytes
 from diagpass.errors import ChainError
 from diagpass.ir import Cell, Edge
 from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
-from diagpass.report import Report
+from diagpass.report import Report, coverage_facts, refusal_facts
+from diagpass.rolled.forecast import Prediction, ends, input_names, predict, weight_bytes
 from diagpass.rolled.run import Run
 
 __all__ = ["narrowness", "rolled_report"]
@@ -24,6 +27,8 @@ def narrowness(run: Run) -> Refusal:
             f"a chain leaves no width: {chain}{where}, so each wave has {run.steady_width():.2f} cells",
             ChainError,
             legal=True,
+            module=chain.source.path,
+            line=line,
         )
     if len(run.layers) == 1:
         return Refusal("the step has one repeated layer, so no cell can run beside another", legal=True)
@@ -36,6 +41,7 @@ def rolled_report(run: Run | None, session: Any, refusal: Refusal | None, ran: s
     """The report of a call, a stream or a capture; without a run, of one that was not deferred."""
     plans = len(session.programs)
     if run is None:
+        reason = refusal.reason if refusal else None
         return Report(
             segments=0,
             layers=0,
@@ -45,21 +51,38 @@ def rolled_report(run: Run | None, session: Any, refusal: Refusal | None, ran: s
             mean_width=0.0,
             kinds=[],
             verdict="sequential",
-            reason=refusal.reason if refusal else None,
+            reason=reason,
             chain=None,
             notes=[],
             ran=ran,
+            coverage=coverage_facts(0, 0),
+            critical_path=path_facts([], []),
+            memory={"weights": 0, "copied": 0, "state": 0, "wave": 0},
+            refusals=refusal_facts(refusal, [], []),
+            advice=advise(reason, [], None, 0),
             captures=session.captures,
             plans=plans,
         )
     kinds = session.kinds
     waves = sorted({wave for *_, wave in run.grid})
     place = {wave: at for at, wave in enumerate(waves)}
-    schedule: list[dict[int, list[int]]] = [{} for _ in waves]
+    by_wave: list[dict[int, list[int]]] = [{} for _ in waves]
     for at, (_, _, number, wave) in enumerate(run.grid):
-        schedule[place[wave]].setdefault(kinds.of(number)[0].index, []).append(at)
-    numbers = {number for _, _, number, _ in run.grid}
-    chain = _chain(run)
+        by_wave[place[wave]].setdefault(kinds.of(number)[0].index, []).append(at)
+    schedule = [[{"kind": kind, "cells": cells} for kind, cells in sorted(wave.items())] for wave in by_wave]
+    grid = [
+        {
+            "segment": segment,
+            "layer": layer,
+            "path": kinds.cells[number].path,
+            "kind": kinds.of(number)[0].index,
+            "wave": place[wave],
+        }
+        for segment, layer, number, wave in run.grid
+    ]
+    edges = sorted([before, after] for after, behind in enumerate(run.edges) for before in behind)
+    used = {number for _, _, number, _ in run.grid}
+    mine = [kind for kind in kinds.kinds if used.intersection(kind.cells)]
     mean = run.cells / run.waves if run.waves else 0.0
     narrow = refusal
     if refusal is None and mean < LEAST_MEAN_WIDTH and run.max_width is None:
@@ -68,6 +91,13 @@ def rolled_report(run: Run | None, session: Any, refusal: Refusal | None, ran: s
             if run.segments == 1
             else narrowness(run)
         )
+    forecast = predict(run) if run.dry and narrow is None else Prediction(run.batched_cells, {})
+    facts = kind_facts(mine, kinds.cells, grid, kinds.is_weight, input_names(session), forecast.obstacles)
+    path = path_facts(grid, edges)
+    block = block_facts(grid, edges, path["cells"], lambda a, b: ends(run, session, a, b))
+    reason = narrow.reason if narrow else None
+    notes = list(kinds.notes)
+    stacked, copied = weight_bytes(kinds)
     return Report(
         segments=run.segments,
         layers=len(run.layers),
@@ -75,41 +105,30 @@ def rolled_report(run: Run | None, session: Any, refusal: Refusal | None, ran: s
         waves=run.waves,
         max_width=run.widest,
         mean_width=mean,
-        kinds=[
-            {
-                "index": kind.index,
-                "cells": sum(1 for _, _, number, _ in run.grid if kinds.of(number)[0] is kind),
-                "layers": sorted({kinds.cells[number].layer for number in kind.cells if number in numbers}),
-                "first": kinds.cells[kind.cells[0]].path,
-                "operations": len(kinds.cells[kind.cells[0]].nodes),
-                "unbatchable": kind.unbatchable,
-            }
-            for kind in kinds.kinds
-            if numbers.intersection(kind.cells)
-        ],
+        kinds=facts,
         verdict="sequential" if narrow else "wavefront",
-        reason=narrow.reason if narrow else None,
-        chain=chain,
-        notes=list(kinds.notes),
+        reason=reason,
+        chain=_chain(run),
+        notes=notes,
         ran=ran,
         batched_cells=run.batched_cells,
+        coverage=coverage_facts(forecast.batched_cells, run.cells),
+        critical_path=path,
+        blocking=block,
+        refusals=refusal_facts(narrow, facts, notes),
+        advice=advise(reason, facts, block, run.cells),
+        memory={
+            "weights": stacked,
+            "copied": copied,
+            "state": run.state_bytes,
+            "wave": wave_bytes(schedule, facts),
+        },
         captures=session.captures,
         plans=plans,
         planning_seconds=run.seconds,
-        grid=[
-            {
-                "segment": segment,
-                "layer": layer,
-                "path": kinds.cells[number].path,
-                "kind": kinds.of(number)[0].index,
-                "wave": place[wave],
-            }
-            for segment, layer, number, wave in run.grid
-        ],
-        edges=sorted([before, after] for after, behind in enumerate(run.edges) for before in behind),
-        schedule=[
-            [{"kind": kind, "cells": cells} for kind, cells in sorted(wave.items())] for wave in schedule
-        ],
+        grid=grid,
+        edges=edges,
+        schedule=schedule,
     )
 
 
