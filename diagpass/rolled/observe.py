@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diagpass.rolled.writes import writes_weights
 from diagpass.state import Snapshot
 
 __all__ = ["Found", "bound", "families", "observe"]
@@ -36,11 +38,15 @@ class Found:
         was stopped.
     complete
         Whether the run came to its end.
+    writes_weights
+        Whether it was stopped because the model was about to write into its own parameters, which are not
+        put back.
     """
 
     step: str | None
     cells: int
     complete: bool
+    writes_weights: bool = False
 
 
 class _Enough(BaseException):
@@ -71,9 +77,7 @@ def bound(model: nn.Module, inputs: Any, globs: Collection[str] | None = None) -
     return largest * max(sizes)
 
 
-def observe(
-    model: nn.Module, args: tuple, kwargs: dict, globs: Collection[str] | None, enough: int
-) -> Found:
+def observe(model: nn.Module, args: tuple, kwargs: dict, globs: Collection[str] | None, enough: int) -> Found:
     """Run the model as it stands, see who is called, and put its state back.
 
     Parameters
@@ -127,9 +131,9 @@ def observe(
         hooks.register_module_forward_pre_hook(before),
         hooks.register_module_forward_hook(after, always_call=True),
     ]
-    complete = True
+    complete, guard = True, _Guard(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), guard:
             model(*args, **kwargs)
     except _Enough:
         complete = False
@@ -137,4 +141,19 @@ def observe(
         for handle in handles:
             handle.remove()
     state.restore(keep_setup=True)
-    return Found(step(), max(counts, default=0), complete)
+    return Found(step(), max(counts, default=0), complete, guard.stopped)
+
+
+class _Guard(TorchDispatchMode):
+    """Stops before a weight is written."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.stopped = model, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable and writes_weights(self.model, func, args, kwargs):
+            self.stopped = True
+            raise _Enough
+        return func(*args, **kwargs)

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import StepProgram
@@ -41,8 +41,21 @@ _FORCING = {
     torch.Tag.dynamic_output_shape,
 }
 _RAW = frozenset(
-    "numpy tolist data_ptr untyped_storage storage _typed_storage __array__ __dlpack__ __deepcopy__ "
-    "__reduce_ex__ share_memory_ __cuda_array_interface__ is_set_to".split()
+    (
+        "numpy",
+        "tolist",
+        "data_ptr",
+        "untyped_storage",
+        "storage",
+        "_typed_storage",
+        "is_set_to",
+        "share_memory_",
+        "__array__",
+        "__dlpack__",
+        "__deepcopy__",
+        "__reduce_ex__",
+        "__cuda_array_interface__",
+    )
 )  # reach a tensor's memory without an operation
 
 
@@ -99,7 +112,9 @@ class OuterRun(Run):
         box = self._box(token)
         assert box is not None
         size, stride = tuple(token.shape), token.stride()
-        return derived(_view, box, size, stride, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return derived(
+            _view, box, size, stride, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+        )
 
     def force(self, tokens: Sequence[torch.Tensor]) -> None:
         """Run all that is recorded and give these tokens their contents."""
@@ -149,8 +164,8 @@ class Outer:
         The conflict that ended the deferral, kept because user code may swallow exceptions.
     """
 
-    def __init__(self, run: OuterRun) -> None:
-        self.run = run
+    def __init__(self, run: OuterRun, model: torch.nn.Module) -> None:
+        self.run, self.model = run, model
         self.forced = 0
         self.line: str | None = None
         self.failed: Exception | None = None
@@ -171,8 +186,8 @@ class Outer:
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Run the code inside without them."""
-        functions = torch.overrides._get_current_function_mode()
-        operations = torch.utils._python_dispatch._get_current_dispatch_mode()
+        functions = _get_current_function_mode()
+        operations = _get_current_dispatch_mode()
         if functions is not self._modes[0] or operations is not self._modes[1]:
             self.fail("the model calls its step under a mode or in a thread of its own")
         self._modes[1].__exit__(None, None, None)
@@ -215,9 +230,11 @@ class Outer:
         """One operation of the Python around the step."""
         if self.failed is not None:
             raise self.failed
+        tensors = _tensors((args, kwargs))
+        if func._schema.is_mutable and writes_weights(self.model, func, args, kwargs):
+            self.fail("the model writes in place into its own weights")
         if not self.run.segments:
             return func(*args, **kwargs)
-        tensors = _tensors((args, kwargs))
         if any(self.run.writes(tensor) for tensor in tensors):
             self.fail("the model reads or writes, between two steps, what its step writes in place")
         if func._schema.is_mutable:
@@ -311,14 +328,14 @@ class Outer:
         return tree_unflatten(results, output_spec)
 
     def _mutation(self, func: Any, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> Any:
-        written = _written(func, args, kwargs)
+        written = written_by(func, args, kwargs)
         for tensor in written:
             token = self.run.token_of(tensor)
             if token is not None and (self.run.waiting(tensor) is not None or self.run.shares(token)):
                 self.fail("the model writes in place into a result of its step")
         memories = {memory(tensor) for tensor in written}
         if any(memory(tensor) in memories for tensor in self.run.seen.values()):
-            self.fail("the model writes in place into what its step was given, a weight or state of it")
+            self.fail("the model writes in place into what its step was given, an input or state of it")
         if any(memory(tensor) in memories for tensor in self._read.values()):
             self.force(tensors)
         tokens = self._tokens((args, kwargs))
@@ -414,22 +431,8 @@ _RESIZING = {
 }
 
 
-def memory(tensor: torch.Tensor) -> int:
-    """What is the same for tensors that use the same memory."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-
-
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
-def _written(func: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for at, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[at] if at < len(args) else kwargs.get(argument.name)
-            found += _tensors(value)
-    return found
 
 
 def _view(value: Any, size: tuple, stride: tuple, shape: tuple, steps: tuple, offset: int) -> torch.Tensor:

@@ -111,12 +111,14 @@ class TransformedModel(Transformed):
             if not self._is_rolled(args, kwargs):
                 self.__dict__["_last"] = None
                 return super().capture(*args, **kwargs)
-            key = call_key(self._original, args, kwargs)
-            if self._must_run_plainly(key, args, kwargs):
-                return self._last
             before = Snapshot(self._original, args, kwargs)
+            with torch.no_grad():
+                key = call_key(self._original, args, kwargs)
+                if self._must_run_plainly(key, args, kwargs):
+                    return self._last
             try:
-                _, run = self._deferred(args, kwargs, self._options.max_width)
+                with torch.no_grad():
+                    _, run = self._deferred(args, kwargs, self._options.max_width)
                 self._remember(run, None)
             except _STOPS as stopped:
                 before.restore(keep_setup=True)
@@ -148,7 +150,9 @@ class TransformedModel(Transformed):
                 reference = Reference.take(model, args, kwargs)
                 try:
                     with torch.no_grad():
-                        errors = reference.compare(model, call_entry(self._entry, self._session, args, kwargs))
+                        errors = reference.compare(
+                            model, call_entry(self._entry, self._session, args, kwargs)
+                        )
                 except CaptureFailed as failed:
                     raise SequentialError(f"there is no wavefront to verify: {failed}") from None
                 finally:
@@ -183,6 +187,8 @@ class TransformedModel(Transformed):
         if choice == "auto" and bound(self._original, (args, kwargs), self._options.cells) <= MANY_CELLS:
             return False
         found = self._observed(args, kwargs, MANY_CELLS if choice == "auto" else 0)
+        if found.writes_weights:
+            return False
         if choice == "auto" and found.complete and found.cells <= MANY_CELLS:
             return False
         if found.step is None:
@@ -239,7 +245,9 @@ class TransformedModel(Transformed):
                 text = f"the step {self._step} could not be captured as one graph: {stopped}"
                 refusal = Refusal(text, CaptureError)
             else:
-                refusal = Refusal(f"the loop around {self._step} cannot be deferred: {stopped}", SequentialError)
+                refusal = Refusal(
+                    f"the loop around {self._step} cannot be deferred: {stopped}", SequentialError
+                )
         self._refuse_call(refusal, key)
 
     def _refuse_call(self, refusal: Refusal, key: tuple) -> None:
@@ -275,7 +283,7 @@ class TransformedModel(Transformed):
         warmed = False
         while True:
             run = OuterRun(self._rolled.kinds, max_width)
-            outer = Outer(run)
+            outer = Outer(run, self._original)
             try:
                 with self._recording(outer), outer.watching():
                     result = self._original(*args, **kwargs)
@@ -351,9 +359,13 @@ class TransformedModel(Transformed):
         """One segment."""
         run, session = outer.run, self._rolled
         self._check_width(outer)
-        if self._step_entry is None:
-            self.__dict__["_step_entry"] = make_entry(forward, session)  # type: ignore[arg-type]
-        args, kwargs = tree_map(functools.partial(self._fixed, run), (args, kwargs))
+        entry = self._step_entry
+        if entry is None:
+            entry = self.__dict__["_step_entry"] = make_entry(forward, session)  # type: ignore[arg-type]
+        try:
+            args, kwargs = tree_map(functools.partial(self._fixed, run), (args, kwargs))
+        except TypeError as error:
+            raise Conflict(f"an input of the step cannot be taken apart: {error}") from None
         run.guard_inputs((args, kwargs))
         captures = session.captures
         config: Any = torch._dynamo.config
@@ -361,7 +373,7 @@ class TransformedModel(Transformed):
         session.run = run
         try:
             with contextlib.nullcontext() if learning else config.patch(error_on_recompile=True):
-                result = call_entry(self._step_entry, session, args, kwargs)
+                result = call_entry(entry, session, args, kwargs)
         except RecompileError as error:
             raise Conflict(
                 f"the step is another one at each of {run.segments} segments, so there is nothing to repeat: "
@@ -370,7 +382,7 @@ class TransformedModel(Transformed):
         finally:
             session.run = None
         if run.has_own_memory(result):
-            run.outputs(result)
+            run.outputs(tree_leaves(result))
         fresh = session.captures > captures
         run.fresh_captures = run.fresh_captures + 1 if fresh else 0
         if not fresh:  # learn what comes next before anything is compiled
