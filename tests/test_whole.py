@@ -90,8 +90,9 @@ def check(
 )
 def test_any_number_of_segments_from_one_capture(name: str) -> None:
     """Unbatched every bit is the same; the number of segments adds no capture."""
+    short = check(Whole(name), 3, rtol=0.0, max_width=1)
     report = check(Whole(name), 3, 5, 9, 2, rtol=0.0, max_width=1)
-    assert report.captures <= 4
+    assert report.captures == short.captures
     report = check(Whole(name), 6, 11)
     assert report.batched_cells > 0 and report.waves < report.cells
 
@@ -108,13 +109,9 @@ class Rich(Whole):
     def end(self, outputs: list[Tensor]) -> dict[str, Any]:
         heads = [self.head(output).tanh() for output in outputs]
         joined = torch.cat(heads, dim=1)
-        loss = torch.stack([(head - output).square().mean() for head, output in zip(heads, outputs)]).mean()
-        return {
-            "out": joined,
-            "loss": loss,
-            "last": (outputs[-1][:, -1], joined[:, ::2].sum(1)),
-            "n": len(heads),
-        }
+        losses = [(head - output).square().mean() for head, output in zip(heads, outputs, strict=True)]
+        last = (outputs[-1][:, -1], joined[:, ::2].sum(1))
+        return {"out": joined, "loss": torch.stack(losses).mean(), "last": last, "n": len(heads)}
 
 
 def test_operations_on_results_are_deferred() -> None:
@@ -440,9 +437,9 @@ def test_armt_over_gpt2_continues() -> None:
         expected, got = plain(ids), fast(ids)
         assert fast.report.batched_cells > 0
         assert_tree_same(got, expected, 1e-4, "output")
-        more = {"max_new_tokens": 6, "do_sample": False}
+        more = {"max_new_tokens": 5, "do_sample": False}
         assert torch.equal(
-            fast.memory_cell.generate(ids[:, :8], **more), plain.memory_cell.generate(ids[:, :8], **more)
+            fast.memory_cell.generate(ids[:, :3], **more), plain.memory_cell.generate(ids[:, :3], **more)
         )
 
 

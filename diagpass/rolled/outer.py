@@ -31,6 +31,7 @@ from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import StepProgram
 from diagpass.rolled.run import Conflict, Run, _as_captured, _fill
 from diagpass.rolled.values import NOW, Box, derived, union
+from diagpass.rolled.writes import memory, writes_weights, written_by
 
 __all__ = ["Outer", "OuterRun"]
 
