@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import StepProgram
-from diagpass.rolled.run import Conflict, Run, _as_captured, _fill
+from diagpass.rolled.run import Conflict, NotAWeight, Run, _as_captured, _fill
 from diagpass.rolled.values import NOW, Box, derived, union
 from diagpass.rolled.writes import memory, writes_weights, written_by
 
@@ -72,6 +72,13 @@ class OuterRun(Run):
     def step(self, program: StepProgram, args: Sequence[Any]) -> list[Any]:
         """Record one segment; see :meth:`Run.step`."""
         self.before_step(args)
+        made = [
+            name
+            for name, is_weight, value in zip(program.step.names, program.step.weights, args, strict=True)
+            if is_weight and id(value) in self._tokens
+        ]
+        if made:  # all at once: each time is a capture
+            raise NotAWeight(*made)
         self.seen.update((id(value), value) for value in args if isinstance(value, torch.Tensor))
         return super().step(program, args)
 

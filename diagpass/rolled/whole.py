@@ -291,9 +291,9 @@ class TransformedModel(Transformed):
                 stopped = outer.failed or error
                 if isinstance(stopped, NotAWeight):
                     before.restore(keep_setup=True)
-                    log.info("%s is replaced by the step: taken for state", stopped.name)
+                    log.info("%s: replaced by the step, so taken for state", ", ".join(stopped.names))
                     session = self._rolled
-                    self._renew_step(captures=session.captures, changing={*session.changing, stopped.name})
+                    self._renew_step(captures=session.captures, changing={*session.changing, *stopped.names})
                     continue
                 if isinstance(stopped, CaptureFailed) and not warmed and not run.segments:
                     warmed = True  # some libraries set themselves up at a first call
