@@ -337,7 +337,7 @@ class TransformedModel(Transformed):
             with outer.suspended():
                 put_back()
                 try:
-                    return self._record(outer, forward, args, kwargs)
+                    return self._record(outer, args, kwargs)
                 except _STOPS as stopped:
                     outer.failed = stopped
                     raise
@@ -355,13 +355,14 @@ class TransformedModel(Transformed):
         finally:
             put_back()
 
-    def _record(self, outer: Outer, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def _record(self, outer: Outer, args: tuple, kwargs: dict) -> Any:
         """One segment."""
         run, session = outer.run, self._rolled
         self._check_width(outer)
         entry = self._step_entry
         if entry is None:
-            entry = self.__dict__["_step_entry"] = make_entry(forward, session)  # type: ignore[arg-type]
+            entry = make_entry(_from_root(self._original, self._step), session)  # type: ignore[arg-type]
+            self.__dict__["_step_entry"] = entry
         try:
             args, kwargs = tree_map(functools.partial(self._fixed, run), (args, kwargs))
         except TypeError as error:
@@ -408,6 +409,19 @@ class TransformedModel(Transformed):
             raise Conflict(f"the loop reads a result of nearly each segment before the next one{where}")
         if run.steady_width() < LEAST_MEAN_WIDTH:
             raise Conflict("", narrowness(run))
+
+
+def _from_root(model: nn.Module, path: str) -> Callable[..., Any]:
+    """The step's ``forward``, reached from the model, so that Dynamo names modules as the model does."""
+    names = tuple(path.split("."))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        module: Any = model
+        for name in names:
+            module = getattr(module, name)
+        return module.forward(*args, **kwargs)
+
+    return forward
 
 
 class _WarmedUp(BaseException):
