@@ -16,6 +16,7 @@ import diagpass
 from diagpass import DiagpassWarning
 from diagpass.rolled import whole
 from examples import armt
+from tests import models as zoo
 from tests import rolled_models as models
 from tests.helpers import (
     assert_state_same,
@@ -408,6 +409,24 @@ def test_verify_and_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert_tree_same(fast(x), plain(x), 1e-10, "output")
     assert fast_copy(plain).capture(x).waves == 10
+
+
+class Four(nn.Module):
+    """Any model of the zoo, its own loop and all, is the step of a loop around it."""
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.step(part) for part in x.chunk(4, dim=1)], 1) * 2
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO)[5::14])
+def test_the_zoo_as_steps(name: str) -> None:
+    model, inputs = zoo.ZOO[name]()
+    x = torch.cat([inputs[0], inputs[0].flip(1), inputs[0].roll(1, 1), inputs[0]], 1)
+    assert_same(Four(model), (x,), {"max_width": 1, **ROLLED}, 0.0, ran=None, returns_state=True)
 
 
 def build_armt(base: str, layers: int, segments: int, batch: int = 2) -> tuple[nn.Module, Tensor]:

@@ -189,10 +189,11 @@ class TransformedModel(Transformed):
         found = self._observed(args, kwargs, MANY_CELLS if choice == "auto" else 0)
         if found.writes_weights:
             return False
-        if choice == "auto" and found.complete and found.cells <= MANY_CELLS:
+        few = found.complete and found.cells <= MANY_CELLS
+        if few and (choice == "auto" or found.step is None):
             return False
         if found.step is None:
-            return choice == "rolled" or found.cells > MANY_CELLS
+            return True  # too many to be captured one by one: says so
         log.info("%s runs one segment: it is captured once for any number of them", found.step)
         self.__dict__["_step"] = found.step
         self._renew_step()
