@@ -19,6 +19,7 @@ from examples import armt
 from tests import models as zoo
 from tests import rolled_models as models
 from tests.helpers import (
+    assert_same,
     assert_state_same,
     assert_tree_same,
     clone_tree,
