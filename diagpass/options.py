@@ -15,6 +15,7 @@ _CHOICES = {
     "compiler": ("inductor", "eager"),
     "schedule": ("auto", "wavefront", "sequential"),
     "weights": ("share", "copy"),
+    "loop": ("auto", "flat", "rolled"),
 }
 
 
@@ -35,6 +36,10 @@ class Options:
     cells
         Glob over module paths that names the cells, such as ``"model.layers.*"``, or a list of such
         globs; None lets the graph decide.
+    loop
+        How a model with a loop of its own is captured by ``transform``: ``"flat"`` captures the loop for
+        its number of segments, ``"rolled"`` captures the module that runs one segment, once for any
+        number; ``"auto"`` is rolled from some 256 cells on, where such a module is found.
     max_width
         The largest number of cells in one wave, None for no limit. With 1 the cells run one by one,
         unbatched, in the order of the waves.
@@ -46,6 +51,7 @@ class Options:
     schedule: str = "auto"
     weights: str = "share"
     cells: tuple[str, ...] | None = None
+    loop: str = "auto"
     max_width: int | None = None
     strict: bool = False
     verify: bool = False

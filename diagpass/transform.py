@@ -20,6 +20,7 @@ from diagpass.options import Options
 from diagpass.pipeline import Analysis
 from diagpass.report import Report, make_report
 from diagpass.rolled.face import TransformedLoop, explain_loop
+from diagpass.rolled.whole import TransformedModel, explain_model
 from diagpass.state import Snapshot
 from diagpass.transformed import CaptureFailed, Transformed, call_entry, make_entry, not_captured
 
@@ -49,7 +50,7 @@ def transform(
         Compare with the sequential run once per plan.
     options
         See :class:`diagpass.options.Options`: ``compiler``, ``schedule``, ``weights``, ``cells``,
-        ``max_width``.
+        ``loop``, ``max_width``.
 
     Returns
     -------
@@ -75,7 +76,7 @@ def transform(
     given = dict(options or {})
     given.setdefault("strict", strict)
     given.setdefault("verify", verify)
-    kind = TransformedLoop if isinstance(model, SegmentLoop) else Transformed
+    kind = TransformedLoop if isinstance(model, SegmentLoop) else TransformedModel
     fast = kind(model, Options.parse(given))
     if example_inputs is not None:
         args, kwargs = _as_call(example_inputs)
@@ -103,6 +104,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         model = model.original
     if isinstance(model, SegmentLoop):
         return explain_loop(model, args, kwargs)
+    rolled = explain_model(model, args, kwargs)
+    if rolled is not None:
+        return rolled
     session = Session(Options(), analyse_only=True)
     entry = make_entry(model, session)
     before = Snapshot(model, args, kwargs)

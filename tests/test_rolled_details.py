@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import diagpass
 from diagpass import DiagpassWarning, SegmentLoop
 from diagpass.rolled.kinds import usual_widths
 from diagpass.rolled.layout import fixed_layout, packed, sliced_dim
@@ -146,3 +148,28 @@ def test_a_stream_that_stops_for_want_of_width_runs_no_segment_twice() -> None:
     assert len(got) == 9
     assert_tree_same(got, expected, 1e-10, "stream")
     assert_state_same(fast.original, plain, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["attribute", "gru", "rmt"])
+def test_the_default_schedule(name: str) -> None:
+    """With width waves, without it one warning and the loop as it stands: call, stream and verify."""
+    plain = models.build(name)
+    fast = diagpass.transform(copy.deepcopy(plain), options={"compiler": "eager"})
+    x, size = models.inputs(name, 9 * plain.segment_size), plain.segment_size
+    ran = "sequential" if name == "rmt" else "wavefront"
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for part in (x, x[:, : 2 * size], x[:, : 7 * size + 1]):
+            assert_tree_same(fast(part), plain(part), 1e-10, "call")
+            assert_state_same(fast.original, plain, 1e-10)
+        assert fast.report.ran == ran
+        outputs = list(fast.stream(x.split(size, 1)))
+        assert_tree_same(outputs, list(plain.stream(x.split(size, 1))), 1e-10, "stream")
+        assert_state_same(fast.original, plain, 1e-10)
+        assert fast.report.ran == ran
+        if ran == "wavefront":
+            assert all(figure["unbatched"] == 0.0 for figure in fast.verify(x).values())
+        else:
+            with pytest.raises(diagpass.DiagpassError, match="no wavefront to verify"):
+                fast.verify(x)
+    assert bool([w for w in caught if issubclass(w.category, DiagpassWarning)]) == (ran == "sequential")

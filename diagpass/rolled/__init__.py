@@ -17,6 +17,10 @@ those of the values themselves. Cells run wave by wave as soon as no later segme
     summary.py   a run -> its report
     layout.py    segments in a layout that does not tell how many there are
     face.py      the module that ``transform(SegmentLoop(...))`` returns
+    observe.py   which module runs one segment of a model's own loop
+    writes.py    which memory an operation writes
+    outer.py     a model's own loop, run as it stands while its step is deferred
+    whole.py     the module that ``transform`` returns for a model with a loop of its own
 
 Periodicity is never assumed: a segment that behaves otherwise fails a guard and is captured as what it is.
 """

@@ -15,7 +15,6 @@ import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from diagpass.errors import VerificationError
-from diagpass.loop import SegmentLoop
 from diagpass.state import named_state
 from diagpass.verify import TOLERANCE, relative_error
 
@@ -32,19 +31,21 @@ def named_results(result: Any, step: torch.nn.Module) -> dict[str, torch.Tensor]
     return {name: value.detach().clone() for name, value in found.items()}
 
 
-def run_in_double(loop: SegmentLoop, inputs: Any, state: Any, kwargs: dict) -> dict[str, torch.Tensor] | None:
+def run_in_double(
+    model: torch.nn.Module, args: tuple, kwargs: dict, step: str = ""
+) -> dict[str, torch.Tensor] | None:
     """The sequential run of a copy in float64; None where the model is in float64 or no copy can be made."""
-    floats = [p for p in loop.parameters() if p.is_floating_point()]
+    floats = [p for p in model.parameters() if p.is_floating_point()]
     if not floats or all(p.dtype == torch.float64 for p in floats):
         return None
     try:
-        exact = copy.deepcopy(loop)
+        exact = copy.deepcopy(model)
         for value in (*exact.parameters(), *named_state(exact).values()):
             if value.is_floating_point():
                 value.data = value.data.double()
-        inputs, state, kwargs = tree_map(_double, (inputs, state, kwargs))
+        args, kwargs = tree_map(_double, (args, kwargs))
         with torch.no_grad():
-            return named_results(exact(inputs, state, **kwargs), exact.step)
+            return named_results(exact(*args, **kwargs), exact.get_submodule(step))
     except Exception as error:  # a model may insist on its own precision
         log.info("no float64 run to compare with: %s", error)
         return None

@@ -230,7 +230,7 @@ class TransformedLoop(Transformed):
             except _STOPS as stopped:
                 raise SequentialError(f"there is no wavefront to verify: {stopped}") from None
             sequential = run(lambda: loop(inputs, state, **kwargs))
-            exact = run_in_double(loop, inputs, state, kwargs)
+            exact = run_in_double(loop, (inputs, state), kwargs, "step")
             return compare(sequential, unbatched, batched, exact)
 
     def _take_for_state(self, name: str) -> None:

@@ -54,11 +54,11 @@ class Conflict(Exception):
 
 
 class NotAWeight(Conflict):
-    """What was taken for a weight is replaced by the step; ``name`` is Dynamo's name of it."""
+    """What was taken for a weight is replaced by the step; ``name`` is Dynamo's name of it, ``names`` all."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *others: str) -> None:
         super().__init__(f"{name} was replaced by the step itself")
-        self.name = name
+        self.name, self.names = name, (name, *others)
 
 
 class Run:

@@ -1,0 +1,462 @@
+"""A model's own loop, run as it stands while its step is deferred.
+
+The Python around the step runs under :class:`Outer`, a pair of modes that see every operation. One that
+reads no *token* (a tensor without contents yet) simply runs. One that does is
+
+* run, if it makes a view: a view of a token has its contents as soon as the token has;
+* *deferred*, if it is an ATen operation that only computes new tensors: these are tokens too;
+* *written later*, if it writes a token's values into memory that no step has to do with;
+* *forced* otherwise: all that was recorded is run, the tokens get their contents, then it runs.
+
+What the step has been given must not be written afterwards: a step that waits would read the new values. Such
+a write is a :class:`~diagpass.rolled.run.Conflict`, and the call runs sequentially.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from diagpass.rolled.kinds import Kinds
+from diagpass.rolled.program import StepProgram
+from diagpass.rolled.run import Conflict, NotAWeight, Run, _as_captured, _fill
+from diagpass.rolled.values import NOW, Box, derived, union
+from diagpass.rolled.writes import memory, writes_weights, written_by
+
+__all__ = ["Outer", "OuterRun"]
+
+_OWN = tuple(os.path.dirname(module.__file__ or "") for module in (torch, sys.modules["diagpass"]))
+_FORCING = {
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+}
+_RAW = frozenset(
+    (
+        "numpy",
+        "tolist",
+        "data_ptr",
+        "untyped_storage",
+        "storage",
+        "_typed_storage",
+        "is_set_to",
+        "share_memory_",
+        "__array__",
+        "__dlpack__",
+        "__deepcopy__",
+        "__reduce_ex__",
+        "__cuda_array_interface__",
+    )
+)  # reach a tensor's memory without an operation
+
+
+class OuterRun(Run):
+    """A run whose tokens may be viewed, and read by deferred operations, between two steps."""
+
+    def __init__(self, kinds: Kinds, max_width: int | None = None) -> None:
+        super().__init__(kinds, max_width)
+        self.seen: dict[int, torch.Tensor] = {}  # what steps were given
+        self.before_step: Callable[[Sequence[Any]], None] = lambda args: None
+        self._made: dict[int, weakref.ref] = {}  # token by its memory
+
+    def step(self, program: StepProgram, args: Sequence[Any]) -> list[Any]:
+        """Record one segment; see :meth:`Run.step`."""
+        self.before_step(args)
+        made = [
+            name
+            for name, is_weight, value in zip(program.step.names, program.step.weights, args, strict=True)
+            if is_weight and id(value) in self._tokens
+        ]
+        if made:  # all at once: each time is a capture
+            raise NotAWeight(*made)
+        self.seen.update((id(value), value) for value in args if isinstance(value, torch.Tensor))
+        return super().step(program, args)
+
+    def token_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The token whose memory a tensor uses, with or without contents by now."""
+        found = self._made.get(memory(tensor))
+        return None if found is None else found()
+
+    def waiting(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The token without contents whose memory a tensor uses, or None."""
+        token = self.token_of(tensor)
+        return token if token is not None and self._box(token) is not None else None
+
+    def shares(self, token: torch.Tensor) -> bool:
+        """Whether what the token stands for shares memory with something else."""
+        return id(token) in self._families
+
+    def writes(self, tensor: torch.Tensor) -> bool:
+        """Whether a step writes this memory in place, at the end of the call."""
+        return bool(self._written) and tensor.untyped_storage().data_ptr() in self._written
+
+    def touch(self, token: torch.Tensor) -> None:
+        """Say that the token was read between two steps: no later step may write it in place."""
+        self._handed_out[id(token)] = self._watch(token)
+
+    def token(self, like: torch.Tensor, box: Box) -> torch.Tensor:
+        """A new token for ``box``."""
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        self._set(made, box)
+        self._tokens.add(id(made))
+        return made
+
+    def has_own_memory(self, value: Any) -> bool:
+        """Whether no tensor of ``value`` is one that the step has written in place."""
+        return not any(id(leaf) in self._rewritten for leaf in tree_leaves(value))
+
+    def view(self, token: torch.Tensor, tensor: torch.Tensor) -> Box:
+        """A box for a tensor that is a view of a token."""
+        box = self._box(token)
+        assert box is not None
+        size, stride = tuple(token.shape), token.stride()
+        return derived(
+            _view, box, size, stride, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+        )
+
+    def force(self, tokens: Sequence[torch.Tensor]) -> None:
+        """Run all that is recorded and give these tokens their contents."""
+        self.drain()
+        self._floor = max(self._floor, self._done + 1)
+        for token in tokens:
+            box = self._box(token)
+            if box is not None:
+                _fill(token, box.tensor())
+                del self._pending[id(token)]
+                self.touch(token)
+
+    def _box(self, token: torch.Tensor) -> Box | None:
+        found = self._pending.get(id(token))
+        return found[1] if found is not None and found[0]() is token else None
+
+    def _set(self, tensor: torch.Tensor, box: Box) -> None:
+        super()._set(tensor, box)
+        key = memory(tensor)
+
+        def gone(reference: weakref.ref) -> None:
+            if self._made.get(key) is reference:
+                del self._made[key]
+
+        self._made[key] = weakref.ref(tensor, gone)
+
+    def _input(self, value: torch.Tensor) -> Box:
+        token = self.waiting(value)
+        if token is not None and token is not value:
+            self.touch(token)
+            return self.view(token, value)
+        return super()._input(value)
+
+
+class Outer:
+    """The modes under which the Python around the step runs.
+
+    Attributes
+    ----------
+    run
+        Where steps are recorded.
+    forced
+        How often a result had to be known before the end.
+    line
+        Where that was last, or None.
+    failed
+        The conflict that ended the deferral, kept because user code may swallow exceptions.
+    """
+
+    def __init__(self, run: OuterRun, model: torch.nn.Module) -> None:
+        self.run, self.model = run, model
+        self.forced = 0
+        self.line: str | None = None
+        self.failed: Exception | None = None
+        self._late: dict[int, torch.Tensor] = {}  # memory that is written later
+        self._writes: list[tuple[Any, tuple, dict]] = []
+        self._read: dict[int, torch.Tensor] = {}  # what deferred operations will read
+        self._held: dict[int, torch.Tensor] = {}  # tokens that views are made of
+        self._fake = FakeTensorMode()
+        self._modes = (_Functions(self), _Operations(self))
+        run.before_step = self._before_step
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Run the code inside under the modes."""
+        with self._modes[0], self._modes[1]:
+            yield
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Run the code inside without them."""
+        functions = _get_current_function_mode()
+        operations = _get_current_dispatch_mode()
+        if functions is not self._modes[0] or operations is not self._modes[1]:
+            self.fail("the model calls its step under a mode or in a thread of its own")
+        self._modes[1].__exit__(None, None, None)
+        self._modes[0].__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self._modes[0].__enter__()
+            self._modes[1].__enter__()
+
+    def fail(self, reason: str) -> Any:
+        """End the deferral.
+
+        Raises
+        ------
+        Conflict
+            Always.
+        """
+        line = _line()
+        self.failed = Conflict(reason + (f" ({line})" if line else ""))
+        raise self.failed
+
+    def end(self) -> None:
+        """Fill everything; the model's forward has returned."""
+        self.run.force(list(self._held.values()))
+        self._write_all()
+        self.run.finish()
+
+    def force(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make the contents of tensors known."""
+        self.forced += 1
+        self.line = _line()
+        tokens = [token for tensor in tensors if (token := self.run.waiting(tensor)) is not None]
+        tokens += [t for _, args, kwargs in self._writes for t in self._tokens((args, kwargs))]
+        self.run.force(tokens)
+        self._write_all()
+        self._read.clear()
+
+    def operation(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """One operation of the Python around the step."""
+        if self.failed is not None:
+            raise self.failed
+        tensors = _tensors((args, kwargs))
+        if func._schema.is_mutable and writes_weights(self.model, func, args, kwargs):
+            self.fail("the model writes in place into its own weights")
+        if not self.run.segments:
+            return func(*args, **kwargs)
+        if any(self.run.writes(tensor) for tensor in tensors):
+            self.fail("the model reads or writes, between two steps, what its step writes in place")
+        if func._schema.is_mutable:
+            return self._mutation(func, args, kwargs, tensors)
+        tokens = self._tokens((args, kwargs))
+        late = any(memory(tensor) in self._late for tensor in tensors)
+        if not tokens and not late:
+            return func(*args, **kwargs)
+        if any(value.alias_info is not None for value in func._schema.returns):
+            return self._viewing(func, args, kwargs, tensors, tokens)
+        if not late and func.namespace in ("aten", "prims") and not _FORCING.intersection(func.tags):
+            made = self._deferred(func, args, kwargs, tokens)
+            if made is not None:
+                return made
+        self.force(tensors)
+        return func(*args, **kwargs)
+
+    def raw(self, values: Any) -> None:
+        """Memory is about to be reached without an operation."""
+        if self.failed is not None:
+            raise self.failed
+        tensors = _tensors(values)
+        if any(self.run.writes(tensor) for tensor in tensors):
+            self.fail("the model reaches, between two steps, into memory that its step writes in place")
+        if self._tokens(values) or any(memory(tensor) in self._late for tensor in tensors):
+            self.force(tensors)
+
+    def _tokens(self, values: Any) -> list[torch.Tensor]:
+        found = (self.run.waiting(tensor) for tensor in _tensors(values))
+        return [token for token in found if token is not None]
+
+    def _viewing(
+        self, func: Any, args: tuple, kwargs: dict, tensors: list[torch.Tensor], tokens: list[torch.Tensor]
+    ) -> Any:
+        if any(0 in token.stride() for token in tokens):
+            self.force(tensors)
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        known = {memory(tensor) for tensor in tensors}
+        if any(memory(leaf) not in known for leaf in _tensors(result)):  # a copy after all
+            self.force(tensors)
+            return func(*args, **kwargs)
+        self._hold(tokens)
+        return result
+
+    def _hold(self, tokens: Sequence[torch.Tensor]) -> None:
+        for token in tokens:
+            self._held[id(token)] = token
+            self.run.touch(token)
+
+    def _deferred(self, func: Any, args: tuple, kwargs: dict, tokens: list[torch.Tensor]) -> Any:
+        """Tokens for the operation's results, or None if they cannot be foretold."""
+        leaves, spec = tree_flatten((args, kwargs))
+        if any(type(leaf) not in (torch.Tensor, torch.nn.Parameter) for leaf in _tensors(leaves)):
+            return None
+        try:
+            with _as_captured():
+                fakes = [
+                    self._fake.from_tensor(leaf.detach(), static_shapes=True)
+                    if isinstance(leaf, torch.Tensor)
+                    else leaf
+                    for leaf in leaves
+                ]
+                fake_args, fake_kwargs = tree_unflatten(fakes, spec)
+                with self._fake:
+                    foretold = func(*fake_args, **fake_kwargs)
+        except Exception:  # what the operation has to say, it will say when it runs
+            return None
+        outputs, output_spec = tree_flatten(foretold)
+        if not outputs or not all(isinstance(value, torch.Tensor) for value in outputs):
+            return None
+        operands: list[Any] = []
+        for leaf in leaves:
+            token = self.run.waiting(leaf) if isinstance(leaf, torch.Tensor) else None
+            if token is not None:
+                operands.append(self.run.view(token, leaf))
+            else:
+                operands.append(leaf)
+                if isinstance(leaf, torch.Tensor):
+                    self._read[id(leaf)] = leaf
+        for token in tokens:
+            self.run.touch(token)
+        boxes = [operand for operand in operands if isinstance(operand, Box)]
+        made = _Later(func, operands, spec)
+        ready, cells = max((box.ready for box in boxes), default=NOW), union(boxes)
+        results = [
+            self.run.token(value, Box(ready=ready, compute=made.result(at), cells=cells))
+            for at, value in enumerate(outputs)
+        ]
+        self.run.outputs(results)
+        return tree_unflatten(results, output_spec)
+
+    def _mutation(self, func: Any, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> Any:
+        written = written_by(func, args, kwargs)
+        for tensor in written:
+            token = self.run.token_of(tensor)
+            if token is not None and (self.run.waiting(tensor) is not None or self.run.shares(token)):
+                self.fail("the model writes in place into a result of its step")
+        memories = {memory(tensor) for tensor in written}
+        if any(memory(tensor) in memories for tensor in self.run.seen.values()):
+            self.fail("the model writes in place into what its step was given, an input or state of it")
+        if any(memory(tensor) in memories for tensor in self._read.values()):
+            self.force(tensors)
+        tokens = self._tokens((args, kwargs))
+        if not tokens and not any(memory(tensor) in self._late for tensor in tensors):
+            return func(*args, **kwargs)
+        returns = func._schema.returns
+        plain = func.namespace == "aten" and not _FORCING.intersection(func.tags)
+        simple = len(written) == 1 and len(returns) == 1 and bool(args) and args[0] is written[0]
+        if plain and simple and func not in _RESIZING:
+            self._hold(tokens)
+            self._late[memory(written[0])] = written[0]
+            self._read.update((id(t), t) for t in tensors if memory(t) not in memories)
+            self._writes.append((func, args, kwargs))
+            return args[0]
+        self.force(tensors)
+        return func(*args, **kwargs)
+
+    def _before_step(self, args: Sequence[Any]) -> None:
+        if self._late and any(memory(tensor) in self._late for tensor in _tensors(args)):
+            self.force([])
+
+    def _write_all(self) -> None:
+        writes, self._writes = self._writes, []
+        self._late.clear()
+        with _as_captured():
+            for func, args, kwargs in writes:
+                func(*args, **kwargs)
+
+
+class _Later:
+    """A deferred operation: runs when the first of its results is read."""
+
+    __slots__ = ("func", "operands", "results", "spec")
+
+    def __init__(self, func: Any, operands: list[Any], spec: Any) -> None:
+        self.func, self.operands, self.spec = func, operands, spec
+        self.results: list[Any] | None = None
+
+    def result(self, at: int) -> Callable[[], Any]:
+        def compute() -> Any:
+            if self.results is None:
+                values = [box.tensor() if isinstance(box, Box) else box for box in self.operands]
+                args, kwargs = tree_unflatten(values, self.spec)
+                with _as_captured():
+                    self.results = tree_leaves(self.func(*args, **kwargs))
+                self.operands = []
+            return self.results[at]
+
+        return compute
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, outer: Outer) -> None:
+        super().__init__()
+        self.outer = outer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # under inference mode composite operations arrive whole
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        with torch._C.DisableTorchFunction():
+            return self.outer.operation(func, args, kwargs)
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, outer: Outer) -> None:
+        super().__init__()
+        self.outer = outer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _RAW and self.outer.run.segments:
+            with torch._C.DisableTorchFunction():
+                self.outer.raw((args, kwargs))
+        elif name == "__set__" and func == torch.Tensor.data.__set__ and self.outer.run.segments:  # type: ignore[attr-defined]
+            self.outer.fail("the model replaces the contents of a tensor (.data) between two steps")
+        return func(*args, **kwargs)
+
+
+_RESIZING = {
+    torch.ops.aten.resize_.default,
+    torch.ops.aten.set_.source_Tensor,
+    torch.ops.aten.set_.default,
+    torch.ops.aten.t_.default,
+    torch.ops.aten.transpose_.default,
+    torch.ops.aten.squeeze_.default,
+    torch.ops.aten.unsqueeze_.default,
+    torch.ops.aten.as_strided_.default,
+}
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _view(value: Any, size: tuple, stride: tuple, shape: tuple, steps: tuple, offset: int) -> torch.Tensor:
+    """A view of a token, of the token's value: first in the token's own strides."""
+    if value.stride() != stride:
+        value = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device).copy_(value)
+    return value.as_strided(shape, steps, value.storage_offset() + offset)
+
+
+def _line() -> str | None:
+    """The line of user code that is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_OWN) and "site-packages" not in name and not name.startswith("<"):
+            if os.path.basename(name) not in ("contextlib.py", "_pytree.py"):
+                return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
