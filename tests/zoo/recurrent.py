@@ -1,0 +1,116 @@
+"""Recurrent language models of transformers, fed chunk by chunk with the state they return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from diagpass import SegmentLoop
+from tests.zoo.case import D, L, S, T, VOCAB, Case, ids
+
+
+class RwkvStep(nn.Module):
+    """A chunk through `RwkvModel`, which takes and returns five tensors [B, D, L]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        out = self.model(x, state=state, use_cache=True)
+        return out.last_hidden_state, out.state
+
+
+class CacheStep(nn.Module):
+    """A chunk through a model that takes and returns `cache_params`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out = self.model(x, cache_params=cache, use_cache=True)
+        return out.last_hidden_state, out.cache_params
+
+
+class KeptStateStep(nn.Module):
+    """A chunk through a model whose layers keep their state themselves."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, use_cache=False).last_hidden_state
+
+
+def rwkv() -> tuple[nn.Module, tuple[Any, ...]]:
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=D, num_hidden_layers=L, attention_hidden_size=D, rescale_every=0
+    )
+    return SegmentLoop(RwkvStep(transformers.RwkvModel(config)), T, carries_state=True), (ids(),)
+
+
+def xlstm() -> tuple[nn.Module, tuple[Any, ...]]:
+    config = transformers.xLSTMConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_blocks=L,
+        num_heads=2,
+        chunk_size=T,
+        inference_state_dtype="float64",
+        autocast_kernel_dtype="float64",
+    )
+    return SegmentLoop(CacheStep(transformers.xLSTMModel(config)), T, carries_state=True), (ids(),)
+
+
+def mamba(kind: str = "Mamba", size: int = T) -> tuple[nn.Module, tuple[Any, ...]]:
+    options: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": L, "state_size": 4}
+    if kind == "Mamba2":
+        options.update(num_heads=4, head_dim=8, n_groups=2, chunk_size=T, expand=2)
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = getattr(transformers, f"{kind}Model")(config)
+    return SegmentLoop(CacheStep(model), size, carries_state=True), (ids(size=size),)
+
+
+CASES = [
+    Case(
+        name="RWKV-4",
+        source="transformers, `RwkvModel`",
+        state="five tensors that hold all layers, a column each, written in place and returned",
+        build=rwkv,
+        float32_inside=True,
+    ),
+    Case(
+        name="xLSTM",
+        source="transformers, `xLSTMModel`",
+        state="an `xLSTMCache` of matrix memories, written in place and returned",
+        build=xlstm,
+        float32_inside=True,
+    ),
+    Case(
+        name="Mamba",
+        source="transformers, `MambaModel`",
+        state="a `DynamicCache` of convolution and state-space states, made by the first chunk",
+        build=mamba,
+        float32_inside=True,
+    ),
+    Case(
+        name="Mamba-2",
+        source="transformers, `Mamba2Model`",
+        state="as Mamba's",
+        build=lambda: mamba("Mamba2"),
+        float32_inside=True,
+    ),
+    Case(
+        name="Falcon Mamba",
+        source="transformers, `FalconMambaModel`",
+        state="as Mamba's",
+        build=lambda: mamba("FalconMamba"),
+        float32_inside=True,
+    ),
+]
