@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -109,6 +109,32 @@ class Snapshot:
                 continue
             self._containers.append((item, content))
             pending.extend(_children(item))
+
+
+class Memos:
+    """Dicts, lists and sets outside of a model in which a library may keep what it has found out."""
+
+    def __init__(self, objects: Iterable[Any]) -> None:
+        self._known = [(item, item.copy()) for item in objects]
+
+    def unchanged(self) -> bool:
+        """Whether they hold what they held, the very same objects."""
+        return all(_same_content(item, content) for item, content in self._known)
+
+    def restore(self) -> None:
+        """Put back what they held."""
+        for item, content in self._known:
+            _refill(item, content)
+
+
+def _same_content(item: Any, content: Any) -> bool:
+    if len(item) != len(content):
+        return False
+    if isinstance(item, dict):
+        return all(key in item and item[key] is value for key, value in content.items())
+    if isinstance(item, set):
+        return item == content
+    return all(a is b for a, b in zip(item, content, strict=True))
 
 
 def _content(item: Any) -> Any:

@@ -149,6 +149,8 @@ def _adopt_constants(graph: fx.Graph, owner: Owner) -> None:
             continue
         if not node.all_input_nodes or any(s.op != "placeholder" for s in node.all_input_nodes):
             continue
+        if any(s.meta.get("segment_input") for s in node.all_input_nodes):  # the embedding of the tokens
+            continue
         if node.target in _SELECTIONS:
             continue
         users = {owner.get(user) for user in node.users}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+
+from diagpass import SegmentLoop
 
 from examples import armt
 from tests.zoo.case import D, L, S, T, VOCAB, Case
@@ -21,8 +24,8 @@ FAMILIES = {
 
 
 def over(base: str, **options: Any) -> tuple[nn.Module, tuple[Any, ...]]:
-    """An ARMT over a family's causal language model, a whole-loop module."""
-    return armt.build(
+    """An ARMT over a family's causal language model: one segment of it in a `SegmentLoop`."""
+    model, inputs = armt.build(
         base,
         layers=L,
         segments=S,
@@ -35,6 +38,7 @@ def over(base: str, **options: Any) -> tuple[nn.Module, tuple[Any, ...]]:
         vocab=VOCAB,
         **options,
     )
+    return SegmentLoop(model.memory_cell, T, reset="zero_mem"), inputs
 
 
 CASES = [
@@ -44,6 +48,7 @@ CASES = [
         state="each layer keeps an associative memory of its own",
         build=lambda base=base: over(base),
         float32_inside=True,
+        dtype=torch.float32 if base == "mixtral" else torch.float64,
     )
     for base, title in FAMILIES.items()
 ]

@@ -48,6 +48,8 @@ class Case:
     prevented: str = ""
     #: the model computes in float32 somewhere, whatever its dtype
     float32_inside: bool = False
+    #: what the model is tried in
+    dtype: torch.dtype = torch.float64
     #: words of the reason where the model cannot run as a wavefront, and what would lift it
     refused: str = ""
     lifted_by: str = ""
@@ -58,8 +60,9 @@ class Case:
         """The first package that is not there."""
         return next((name for name in self.needs if importlib.util.find_spec(name) is None), None)
 
-    def make(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tuple[Any, ...]]:
+    def make(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, tuple[Any, ...]]:
         """The model with weights that depend on nothing but the name, in evaluation mode, and its inputs."""
+        dtype = dtype or self.dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sum(ord(letter) * (at + 1) for at, letter in enumerate(self.name)))
             model, inputs = self.build()

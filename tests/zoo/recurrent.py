@@ -57,13 +57,12 @@ def rwkv() -> tuple[nn.Module, tuple[Any, ...]]:
 def xlstm() -> tuple[nn.Module, tuple[Any, ...]]:
     config = transformers.xLSTMConfig(
         vocab_size=VOCAB,
-        hidden_size=D,
+        hidden_size=128,  # heads are rounded up to widths of 64
         num_hidden_layers=L,
         num_blocks=L,
         num_heads=2,
-        chunk_size=T,
-        inference_state_dtype="float64",
-        autocast_kernel_dtype="float64",
+        inference_state_dtype="float32",
+        autocast_kernel_dtype="float32",
     )
     return SegmentLoop(CacheStep(transformers.xLSTMModel(config)), T, carries_state=True), (ids(),)
 
@@ -90,7 +89,7 @@ CASES = [
         source="transformers, `xLSTMModel`",
         state="an `xLSTMCache` of matrix memories, written in place and returned",
         build=xlstm,
-        float32_inside=True,
+        dtype=torch.float32,
     ),
     Case(
         name="Mamba",
