@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tests.zoo import armt, memory, recurrent, stacked
+from tests.zoo import armt, memory, recurrent, speech, stacked
 from tests.zoo.case import Case
 
 CASES: dict[str, Case] = {
-    case.name: case for module in (memory, recurrent, stacked, armt) for case in module.CASES
+    case.name: case for family in (memory, recurrent, speech, stacked, armt) for case in family.CASES
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diagpass import SegmentLoop
 from examples.transformer_xl import build as transformer_xl
-from tests.zoo.case import D, L, S, T, VOCAB, Case, ids
+from tests.zoo.case import VOCAB, Case, D, L, S, T, ids
 
 
 class InfiniStep(nn.Module):
@@ -68,14 +68,8 @@ CASES = [
         name="Infini-Transformer",
         source="infini-transformer-pytorch, `InfiniTransformer`",
         state="a compressed key-value memory and its normaliser for each layer, returned",
-        build=infini,
-        needs=("infini_transformer_pytorch",),
-    ),
-    Case(
-        name="Infini-Transformer, learned delta rule",
-        source="infini-transformer-pytorch, `InfiniTransformer(use_mem_delta_rule, learned_delta_update)`",
-        state="as above, each write corrected by what the memory holds already",
         build=lambda: infini(use_mem_delta_rule=True, learned_delta_update=True),
+        note="Its layers keep rotary tables in buffers that the first segment fills: one capture more.",
         needs=("infini_transformer_pytorch",),
     ),
     Case(
@@ -85,6 +79,7 @@ CASES = [
         build=txl,
         # (s, l) needs (s, l-1) and (s-1, l-1), never (s-1, l): the longest path has L cells
         waves=lambda layers, segments: layers,
+        note="Nothing leads from a layer to itself, so there are as many waves as layers.",
         float32_inside=True,
     ),
     Case(
@@ -92,8 +87,9 @@ CASES = [
         source="recurrent-memory-transformer-pytorch, `RecurrentMemoryTransformer`",
         state="memory tokens leave the top layer and enter the bottom layer of the next segment",
         build=rmt,
+        layers=2 * L,  # attention and feed-forward are residual blocks of one class
         waves=lambda layers, segments: layers * segments,
-        refused="a chain leaves no width",
+        refused="a chain leaves no width: output of model.layers.3.1 at segment 0 feeds model.layers.0.0",
         lifted_by="a memory that stays within its layer, as in ARMT",
         needs=("recurrent_memory_transformer_pytorch",),
     ),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diagpass import SegmentLoop
-from tests.zoo.case import B, D, L, S, T, Case, tokens
+from tests.zoo.case import B, Case, D, L, S, T, tokens
 
 
 class RnnStep(nn.Module):
@@ -30,7 +30,7 @@ class RnnStep(nn.Module):
 
 
 class ConvLSTMCell(nn.Module):
-    """Shi et al. 2015: an LSTM whose products are convolutions. `(x, (h, c)) -> (h, c)`, each [B, C, H, W]."""
+    """Shi et al. 2015, an LSTM of convolutions: `(x, (h, c)) -> (h, c)`, each [B, C, H, W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -137,18 +137,25 @@ def hybrid() -> tuple[nn.Module, tuple[Any, ...]]:
     return SegmentLoop(Hybrid(), T, reset="reset"), (tokens(),)
 
 
+RAW = (
+    "A segment that is a strided slice of the input takes another kernel in a linear layer; the loop keeps that, "
+    "so a bottom layer that reads the raw input may be a kind of its own."
+)
+
 CASES = [
     Case(
         name="Stack of nn.LSTM",
         source="torch, `nn.LSTM` layers with residuals",
         state="(h, c) of each layer, returned",
         build=lambda: rnn(nn.LSTM),
+        note=RAW,
     ),
     Case(
         name="Stack of nn.GRU",
         source="torch, `nn.GRU` layers with residuals",
         state="h of each layer, returned",
         build=lambda: rnn(nn.GRU),
+        note=RAW,
     ),
     Case(
         name="ConvLSTM stack",

@@ -1,0 +1,117 @@
+"""Write docs/models.md from what the cases do: ``python -m tests.zoo.table`` (``make models``).
+
+The columns that do not depend on the machine are compared with the committed file by the tests. A case whose
+package is not installed keeps the row that it has.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagpass import SegmentLoop
+from tests.helpers import fast_copy
+from tests.zoo import CASES
+from tests.zoo.case import Case
+from tests.zoo.check import Figures, call, run
+
+PATH = Path(__file__).parents[2] / "docs" / "models.md"
+MANY = 32  # segments of a timed run
+COLUMNS = ("model", "from", "how the state flows", "waves", "batched", "speed-up, CPU", "to know")
+
+HEAD = """\
+# Models that were tried
+
+Models from elsewhere, as their packages ship them, with the loop that their documentation has users write. This
+file is written by `make models`, which runs what the tests run (`tests/zoo`); do not edit it.
+
+*Waves* is given for the layers L and segments S of the test, and was derived on paper from how the state flows
+before it was compared. *Batched* is the fraction of cells that ran in groups of two or more; at so few segments
+the ramps weigh most, with more of them it goes to 100 %. Every wavefront row gives the bits of the sequential
+run when its schedule is run unbatched, and agrees to rounding when batched, in outputs and in the final state.
+*Speed-up* is the sequential loop's time over the wavefront's for {many} segments of the same tiny model in
+float32 on one CPU core, with `compiler="eager"`: it shows how much fewer calls are made, and says little
+about a large model.
+
+"""
+
+
+def deterministic(case: Case, figures: Figures) -> tuple[str, ...]:
+    """The cells of a row that are the same on every machine: all but the speed-up."""
+    if not figures.layers:
+        waves = "-"
+    else:
+        waves = f"{figures.waves} (L = {figures.layers}, S = {figures.segments})"
+    note = case.note
+    if case.refused:
+        note = f"Runs sequentially: {case.refused.partition(':')[0]}. Lifted by {case.lifted_by}."
+    batched = "-" if case.refused else f"{figures.batched:.0%}"
+    return case.name, case.source, case.state, waves, batched, note
+
+
+def committed_row(name: str) -> tuple[str, ...] | None:
+    """The row of a case in docs/models.md, without the speed-up."""
+    row = committed().get(name)
+    return None if row is None else (*row[:5], row[6])
+
+
+def committed() -> dict[str, tuple[str, ...]]:
+    """All rows of docs/models.md by model."""
+    if not PATH.exists():
+        return {}
+    lines = [line for line in PATH.read_text().splitlines() if line.startswith("| ")]
+    rows = [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in lines[1:]]
+    return {row[0]: row for row in rows if len(row) == len(COLUMNS)}
+
+
+def speed_up(case: Case) -> float:
+    """The sequential time over the wavefront's, medians of a few runs."""
+    model, inputs = case.make(torch.float32)
+    if isinstance(model, SegmentLoop):
+        inputs = tuple(_longer(x, MANY // case.segments + 1) for x in inputs)
+    times = []
+    for runner in (copy.deepcopy(model), fast_copy(model)):
+        call(runner, inputs)
+        taken = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            call(runner, inputs)
+            taken.append(time.perf_counter() - begin)
+        times.append(statistics.median(taken))
+    return times[0] / times[1]
+
+
+def _longer(x: Any, times: int) -> Any:
+    return torch.cat([x] * times, dim=1) if isinstance(x, Tensor) else x
+
+
+def main() -> None:
+    """Run every case whose package is there and write the file."""
+    torch.set_num_threads(1)
+    old = committed()
+    rows = []
+    only = sys.argv[1:]
+    for name, case in CASES.items():
+        if case.missing() is not None or (only and name not in only):
+            if name in old:
+                rows.append(old[name])
+            sys.stderr.write(f"{name}: {case.missing()} is not installed\n")
+            continue
+        cells = deterministic(case, run(case))
+        gain = "-" if case.refused else f"{speed_up(case):.1f}"
+        rows.append((*cells[:5], gain, cells[5]))
+        sys.stderr.write(f"{name}: {cells[3]}, {cells[4]}, {gain}\n")
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    PATH.write_text(f"{HEAD.format(many=MANY)}{table}\n")
+
+
+if __name__ == "__main__":
+    main()
