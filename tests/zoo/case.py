@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-L, S, T, B, D, VOCAB = 4, 6, 4, 2, 16, 31  # at S = 6 a first segment of another kind leaves 75 %
+L, S, T, B, D, VOCAB = 3, 6, 4, 2, 16, 31  # at S = 6 a first segment of another kind leaves 75 %
 
 
 def diagonal(layers: int, segments: int) -> int:

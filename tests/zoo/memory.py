@@ -89,7 +89,7 @@ CASES = [
         build=rmt,
         layers=2 * L,  # attention and feed-forward are residual blocks of one class
         waves=lambda layers, segments: layers * segments,
-        refused="a chain leaves no width: output of model.layers.3.1 at segment 0 feeds model.layers.0.0",
+        refused="a chain leaves no width: output of model.layers.2.1 at segment 0 feeds model.layers.0.0",
         lifted_by="a memory that stays within its layer, as in ARMT",
         needs=("recurrent_memory_transformer_pytorch",),
     ),
