@@ -112,10 +112,21 @@ class Snapshot:
 
 
 class Memos:
-    """Dicts, lists and sets outside of a model in which a library may keep what it has found out."""
+    """Objects outside of a model in which a library may keep what it has found out.
+
+    Dicts, lists, sets, and plain objects with attributes (a ``threading.local``, say).
+    """
 
     def __init__(self, objects: Iterable[Any]) -> None:
-        self._known = [(item, item.copy()) for item in objects]
+        self._known = [(item, _content(item)) for item in objects]
+
+    @staticmethod
+    def can_hold(item: Any) -> bool:
+        """Whether the object can be put back: no module, class or function."""
+        if isinstance(item, (dict, list, set)):
+            return True
+        atom = isinstance(item, (*_ATOMS, tuple, deque, torch.nn.Module, torch.Tensor))
+        return not atom and isinstance(getattr(item, "__dict__", None), dict)
 
     def unchanged(self) -> bool:
         """Whether they hold what they held, the very same objects."""
@@ -128,6 +139,8 @@ class Memos:
 
 
 def _same_content(item: Any, content: Any) -> bool:
+    if not isinstance(item, (dict, list, set)):
+        item = vars(item)
     if len(item) != len(content):
         return False
     if isinstance(item, dict):

@@ -116,11 +116,14 @@ def iterator() -> str | None:
 def outside_writes(holds: Callable[[int], bool]) -> list[tuple[str, Any]]:
     """Python objects that the captured frame changes and ``holds`` (an id) says no to: their names and they.
 
-    Attributes that are set and set back do not count. Only meaningful inside a backend call.
+    Attributes that are set and set back, and stacks that are empty again, do not count. Only meaningful
+    inside a backend call.
     """
 
     def found(effects: Any, variable: Any, item: Any) -> bool:
         if isinstance(item, torch.Tensor) or not effects.is_modified(variable) or holds(id(item)):
+            return False
+        if isinstance(item, list) and not item and getattr(variable, "items", None) == []:
             return False
         attributes = effects.store_attr_mutations.get(variable)
         return not attributes or any(_differs(item, name, value) for name, value in attributes.items())

@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diagpass.capture import dynamo, functional
 from diagpass.capture.marks import module_of, source_line
@@ -95,8 +96,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str]
         raise CaptureError("the step has no tensor operation")
     placeholders = graph.graph.find_nodes(op="placeholder")
     if metadata is None or len(placeholders) != len(inputs):
-        names = ", ".join(_sharing(gm, inputs)) or "inputs of the step"
-        raise CaptureError(f"{names} share memory and are written in place; keep such state apart")
+        raise CaptureError(_regrouped(gm, inputs))
     _check_known(graph)
     written = tuple(metadata.mutated_inp_runtime_indices)
     (results,) = graph.graph.find_nodes(op="output")[0].args
@@ -187,6 +187,20 @@ def _groups(
 
 def _storage(value: torch.Tensor) -> Any:
     return value.untyped_storage()._cdata
+
+
+def _regrouped(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
+    """Why AOTAutograd's graph has other inputs than Dynamo's."""
+    for at, value in enumerate(inputs):
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            return (
+                f"{_name(gm, at)} is a {type(value).__name__}, a tensor that stands for several others, and "
+                "has no row in a stack; keep the parts as buffers of a module instead"
+            )
+    names = ", ".join(_sharing(gm, inputs))
+    if names:
+        return f"{names} share memory and are written in place; keep such state apart"
+    return "AOTAutograd gives its functional graph other inputs than the step has"
 
 
 def _sharing(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:

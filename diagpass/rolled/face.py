@@ -396,7 +396,7 @@ class TransformedLoop(Transformed):
         OutsideWrite
             It is not so; everything is as before.
         """
-        if len(segments) <= self._filled or not all(type(o) in (dict, list, set) for o in refused.objects):
+        if len(segments) <= self._filled or not all(map(Memos.can_hold, refused.objects)):
             raise refused
         loop = self._original
         self.__dict__["_filled"] = len(segments)

@@ -30,8 +30,8 @@ class OutsideWrite(Refused):
     def __init__(self, found: Sequence[tuple[str, Any]]) -> None:
         super().__init__(
             Refusal(
-                f"the step cannot be captured soundly: {found[0][0]} is changed by the step and is no part of "
-                "it, so it could not be put back after a failure; keep it in an attribute of the step",
+                f"the step cannot be captured soundly: {found[0][0]} is changed by the step and is no part "
+                "of it, so it could not be put back after a failure; keep it in an attribute of the step",
                 CaptureError,
             )
         )

@@ -137,25 +137,18 @@ def hybrid() -> tuple[nn.Module, tuple[Any, ...]]:
     return SegmentLoop(Hybrid(), T, reset="reset"), (tokens(),)
 
 
-RAW = (
-    "A segment that is a strided slice of the input takes another kernel in a linear layer; the loop keeps that, "
-    "so a bottom layer that reads the raw input may be a kind of its own."
-)
-
 CASES = [
     Case(
         name="Stack of nn.LSTM",
         source="torch, `nn.LSTM` layers with residuals",
         state="(h, c) of each layer, returned",
         build=lambda: rnn(nn.LSTM),
-        note=RAW,
     ),
     Case(
         name="Stack of nn.GRU",
         source="torch, `nn.GRU` layers with residuals",
         state="h of each layer, returned",
         build=lambda: rnn(nn.GRU),
-        note=RAW,
     ),
     Case(
         name="ConvLSTM stack",

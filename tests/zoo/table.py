@@ -29,16 +29,19 @@ COLUMNS = ("model", "from", "how the state flows", "waves", "batched", "speed-up
 HEAD = """\
 # Models that were tried
 
-Models from elsewhere, as their packages ship them, with the loop that their documentation has users write. This
-file is written by `make models`, which runs what the tests run (`tests/zoo`); do not edit it.
+Models from elsewhere, as their packages ship them, with the loop that their documentation has users
+write. This file is written by `make models`, which runs what the tests run (`tests/zoo`); do not edit it.
 
-*Waves* is given for the layers L and segments S of the test, and was derived on paper from how the state flows
-before it was compared. *Batched* is the fraction of cells that ran in groups of two or more; at so few segments
-the ramps weigh most, with more of them it goes to 100 %. Every wavefront row gives the bits of the sequential
-run when its schedule is run unbatched, and agrees to rounding when batched, in outputs and in the final state.
-*Speed-up* is the sequential loop's time over the wavefront's for {many} segments of the same tiny model in
-float32 on one CPU core, with `compiler="eager"`: it shows how much fewer calls are made, and says little
-about a large model.
+*Waves* is given for the layers L and segments S of the test, and was derived on paper from how the state
+flows before it was compared. *Batched* is the fraction of cells that ran in groups of two or more; at so
+few segments the ramps and the first segment weigh most, with more of them it goes to 100 %. Every
+wavefront row gives the bits of the sequential run when its schedule is run unbatched, and agrees to
+rounding when batched, in outputs and in the final state. *Speed-up* is the sequential loop's time over
+the wavefront's for {many} segments of the same tiny model in float32 on one CPU core, with
+`compiler="eager"`: it compares numbers of calls, and says little about a large model. A row without a
+speed-up was not run when the file was written, or runs sequentially.
+
+[A worked example](using.md#a-model-from-elsewhere) shows the way from such a model to its wavefront.
 
 """
 
