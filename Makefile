@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: demo test timing lint format fuzz install clean help
+.PHONY: demo test timing lint format fuzz models install clean help
 
 demo: $(STAMP)  ## run the main job on an ARMT over a Llama: picture, waves, agreement, timings
 	$(BIN)/python -m examples.demo
@@ -45,6 +45,9 @@ format: $(STAMP)  ## let ruff format the code and mend what it can
 
 fuzz: $(STAMP)  ## draw random models for DIAGPASS_FUZZ_SECONDS (60) seconds and print how many
 	DIAGPASS_FUZZ_SECONDS=$(DIAGPASS_FUZZ_SECONDS) $(BIN)/python -m tests.fuzz
+
+models: $(STAMP)  ## run the models from elsewhere and write docs/models.md (some minutes)
+	$(BIN)/python -m tests.zoo.table
 
 install: $(STAMP)  ## make the environment only
 

@@ -10,6 +10,7 @@ Shape letters: B batch, T tokens in a segment, N tokens in all, D width, L layer
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-L, S, T, B, D, VOCAB = 3, 6, 4, 2, 16, 31  # at S = 6 a first segment of another kind leaves 75 %
+#: tests/zoo/speed.py takes deeper and wider models
+L, D = (int(os.environ.get(f"DIAGPASS_ZOO_{name}", small)) for name, small in (("LAYERS", 3), ("WIDTH", 16)))
+S, T, B, VOCAB = 6, 4, 2, 31
 
 
 def diagonal(layers: int, segments: int) -> int:

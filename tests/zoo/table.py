@@ -6,24 +6,17 @@ package is not installed keeps the row that it has.
 
 from __future__ import annotations
 
-import copy
-import statistics
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from diagpass import SegmentLoop
-from tests.helpers import fast_copy
 from tests.zoo import CASES
 from tests.zoo.case import Case
-from tests.zoo.check import Figures, call, run
+from tests.zoo.check import Figures, run
+from tests.zoo.speed import LAYERS, SEGMENTS, WIDTH, in_process
 
 PATH = Path(__file__).parents[2] / "docs" / "models.md"
-MANY = 32  # segments of a timed run
 COLUMNS = ("model", "from", "how the state flows", "waves", "batched", "speed-up, CPU", "to know")
 
 HEAD = """\
@@ -37,7 +30,7 @@ flows before it was compared. *Batched* is the fraction of cells that ran in gro
 few segments the ramps and the first segment weigh most, with more of them it goes to 100 %. Every
 wavefront row gives the bits of the sequential run when its schedule is run unbatched, and agrees to
 rounding when batched, in outputs and in the final state. *Speed-up* is the sequential loop's time over
-the wavefront's for {many} segments of the same tiny model in float32 on one CPU core, with
+the wavefront's, {segments} segments and {layers} layers of width {width} in float32 on one CPU core, with
 `compiler="eager"`: it compares numbers of calls, and says little about a large model. A row without a
 speed-up was not run when the file was written, or runs sequentially.
 
@@ -74,46 +67,24 @@ def committed() -> dict[str, tuple[str, ...]]:
     return {row[0]: row for row in rows if len(row) == len(COLUMNS)}
 
 
-def speed_up(case: Case) -> float:
-    """The sequential time over the wavefront's, medians of a few runs."""
-    model, inputs = case.make(torch.float32)
-    if isinstance(model, SegmentLoop):
-        inputs = tuple(_longer(x, MANY // case.segments + 1) for x in inputs)
-    times = []
-    for runner in (copy.deepcopy(model), fast_copy(model)):
-        call(runner, inputs)
-        taken = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            call(runner, inputs)
-            taken.append(time.perf_counter() - begin)
-        times.append(statistics.median(taken))
-    return times[0] / times[1]
-
-
-def _longer(x: Any, times: int) -> Any:
-    return torch.cat([x] * times, dim=1) if isinstance(x, Tensor) else x
-
-
 def main() -> None:
     """Run every case whose package is there and write the file."""
     torch.set_num_threads(1)
     old = committed()
     rows = []
-    only = sys.argv[1:]
     for name, case in CASES.items():
-        if case.missing() is not None or (only and name not in only):
+        if case.missing() is not None:
             if name in old:
                 rows.append(old[name])
             sys.stderr.write(f"{name}: {case.missing()} is not installed\n")
             continue
         cells = deterministic(case, run(case))
-        gain = "-" if case.refused else f"{speed_up(case):.1f}"
+        gain = "-" if case.refused else in_process(name)
         rows.append((*cells[:5], gain, cells[5]))
         sys.stderr.write(f"{name}: {cells[3]}, {cells[4]}, {gain}\n")
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    PATH.write_text(f"{HEAD.format(many=MANY)}{table}\n")
+    PATH.write_text(f"{HEAD.format(segments=SEGMENTS, layers=LAYERS, width=WIDTH)}{table}\n")
 
 
 if __name__ == "__main__":
