@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import diagpass
 from diagpass import SegmentLoop
 from tests.helpers import assert_tree_same, collect_warnings, fast_copy
 from tests.zoo import CASES
@@ -23,6 +26,8 @@ def test_runs_unmodified(name: str) -> None:
     missing = case.missing()
     if missing is not None:
         pytest.skip(f"{missing} is not installed")
+    if not case.often and os.environ.get("DIAGPASS_ZOO") != "all":
+        pytest.skip("runs with DIAGPASS_ZOO=all and in `make models`")
     figures = run(case)
     assert committed_row(name) == deterministic(case, figures), "run `make models`"
 
@@ -168,3 +173,12 @@ def test_a_state_object_is_changed_by_the_step_that_is_given_it() -> None:
             assert_tree_same(got, expected, 1e-5, "given")
         assert_tree_same(fast(x), loop(x), 1e-5, "fresh")
     assert not warned and fast.report.ran == "wavefront" and mine.seen == 36, warned
+
+
+def test_every_model_has_its_row() -> None:
+    """And no model or package of the table is named in the library."""
+    present = [name for name, case in CASES.items() if case.missing() is None]
+    assert all(committed_row(name) is not None for name in present)
+    library = "".join(path.read_text().lower() for path in Path(diagpass.__file__).parent.rglob("*.py"))
+    names = ["infini", "rwkv", "xlstm", "mamba", "emformer", "mixtral", "qwen", "gemma", "neox", "mistral"]
+    assert [name for name in [*names, "einops", "jaxtyping", "transformer_xl"] if name in library] == []

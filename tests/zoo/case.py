@@ -56,6 +56,8 @@ class Case:
     #: words of the reason where the model cannot run as a wavefront, and what would lift it
     refused: str = ""
     lifted_by: str = ""
+    #: part of every test run; the others run with DIAGPASS_ZOO=all, and in `make models`
+    often: bool = False
     #: packages that must be importable
     needs: tuple[str, ...] = ()
 

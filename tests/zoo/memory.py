@@ -66,6 +66,7 @@ def txl() -> tuple[nn.Module, tuple[Any, ...]]:
 CASES = [
     Case(
         name="Infini-Transformer",
+        often=True,
         source="infini-transformer-pytorch, `InfiniTransformer`",
         state="a compressed key-value memory and its normaliser for each layer, returned",
         build=lambda: infini(use_mem_delta_rule=True, learned_delta_update=True),
@@ -84,6 +85,7 @@ CASES = [
     ),
     Case(
         name="Recurrent Memory Transformer",
+        often=True,
         source="recurrent-memory-transformer-pytorch, `RecurrentMemoryTransformer`",
         state="memory tokens leave the top layer and enter the bottom layer of the next segment",
         build=rmt,

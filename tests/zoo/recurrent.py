@@ -68,6 +68,7 @@ def mamba(kind: str = "Mamba", size: int = T) -> tuple[nn.Module, tuple[Any, ...
 CASES = [
     Case(
         name="RWKV-4",
+        often=True,
         source="transformers, `RwkvModel`",
         state="five tensors that hold all layers, a column each, written in place and returned",
         build=rwkv,
@@ -91,6 +92,7 @@ CASES = [
     ),
     Case(
         name="Mamba-2",
+        often=True,
         source="transformers, `Mamba2Model`",
         state="as Mamba's",
         build=lambda: mamba("Mamba2"),

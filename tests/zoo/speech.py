@@ -34,6 +34,7 @@ def emformer() -> tuple[nn.Module, tuple[Any, ...]]:
 CASES = [
     Case(
         name="Emformer",
+        often=True,
         source="torchaudio, `Emformer.infer`",
         state="memory, left-context keys and values, and the length so far, for each layer, returned",
         build=emformer,

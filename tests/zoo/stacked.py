@@ -140,24 +140,28 @@ def hybrid() -> tuple[nn.Module, tuple[Any, ...]]:
 CASES = [
     Case(
         name="Stack of nn.LSTM",
+        often=True,
         source="torch, `nn.LSTM` layers with residuals",
         state="(h, c) of each layer, returned",
         build=lambda: rnn(nn.LSTM),
     ),
     Case(
         name="Stack of nn.GRU",
+        often=True,
         source="torch, `nn.GRU` layers with residuals",
         state="h of each layer, returned",
         build=lambda: rnn(nn.GRU),
     ),
     Case(
         name="ConvLSTM stack",
+        often=True,
         source="tests/zoo/stacked.py",
         state="(h, c) maps of each layer, returned",
         build=conv_lstm,
     ),
     Case(
         name="Hybrid of attention and recurrence",
+        often=True,
         source="tests/zoo/stacked.py, in the order of Griffin",
         state="last segment's keys and values in a buffer; a recurrent state in an attribute",
         build=hybrid,
