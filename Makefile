@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: demo docs linkcheck test timing lint format fuzz install clean help
+.PHONY: demo docs linkcheck test timing lint format fuzz models install clean help
 
 demo: $(STAMP)  ## run the main job on an ARMT over a Llama: picture, waves, agreement, timings
 	$(BIN)/python -m examples.demo
@@ -51,6 +51,9 @@ docs: $(STAMP)  ## build the documentation site in docs/_build/html, warnings ar
 
 linkcheck: $(STAMP)  ## check the links of the documentation (needs a network)
 	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
+
+models: $(STAMP)  ## run the models from elsewhere and write docs/models.md (some minutes)
+	$(BIN)/python -m tests.zoo.table
 
 install: $(STAMP)  ## make the environment only
 

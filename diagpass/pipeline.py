@@ -136,6 +136,7 @@ def prepare(gm: fx.GraphModule) -> None:
     with stage("forward aliases"):
         forward_aliases(gm)
     _views_to_reshapes(gm)
+    _pack_operands(gm)
 
 
 def cut_into_cells(
@@ -287,6 +288,27 @@ def _drop_assertions(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
+
+
+def _pack_operands(gm: fx.GraphModule) -> None:
+    """Copy into contiguous memory what a kernel reads as if it were so (torch 2.11 to 2.13).
+
+    In the model it is contiguous. In a group's results the layouts are others.
+    """
+    clone = aten.clone.default
+    for node in gm.graph.find_nodes(op="call_function", target=aten.mkldnn_rnn_layer.default):
+        for at in _READ_AS_CONTIGUOUS:
+            source = node.args[at]
+            if not isinstance(source, fx.Node) or source.target is clone:
+                continue
+            with gm.graph.inserting_before(node):
+                packed = gm.graph.call_function(clone, (source,), {"memory_format": torch.contiguous_format})
+            packed.meta = {**node.meta, "val": source.meta.get("val")}
+            node.update_arg(at, packed)
+    gm.recompile()
+
+
+_READ_AS_CONTIGUOUS = (0, 5, 6)  # input, hidden state and cell state of an LSTM layer
 
 
 def _views_to_reshapes(gm: fx.GraphModule) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -123,6 +123,45 @@ def _holds(item: Any, content: Any) -> bool:
     if isinstance(content, set):
         return now == content
     return len(now) == len(content) and all(a is b for a, b in zip(now, content, strict=True))
+
+
+class Memos:
+    """Objects outside of a model in which a library may keep what it has found out.
+
+    Dicts, lists, sets, and plain objects with attributes (a ``threading.local``, say).
+    """
+
+    def __init__(self, objects: Iterable[Any]) -> None:
+        self._known = [(item, contents_of(item)) for item in objects]
+
+    @staticmethod
+    def can_hold(item: Any) -> bool:
+        """Whether the object can be put back: no module, class or function."""
+        if isinstance(item, (dict, list, set)):
+            return True
+        atom = isinstance(item, (*_ATOMS, tuple, deque, torch.nn.Module, torch.Tensor))
+        return not atom and isinstance(getattr(item, "__dict__", None), dict)
+
+    def unchanged(self) -> bool:
+        """Whether they hold what they held, the very same objects."""
+        return all(_same_content(item, content) for item, content in self._known)
+
+    def restore(self) -> None:
+        """Put back what they held."""
+        for item, content in self._known:
+            put_back(item, content)
+
+
+def _same_content(item: Any, content: Any) -> bool:
+    if not isinstance(item, (dict, list, set)):
+        item = vars(item)
+    if len(item) != len(content):
+        return False
+    if isinstance(item, dict):
+        return all(key in item and item[key] is value for key, value in content.items())
+    if isinstance(item, set):
+        return item == content
+    return all(a is b for a, b in zip(item, content, strict=True))
 
 
 def contents_of(item: Any) -> Any:

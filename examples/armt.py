@@ -537,6 +537,7 @@ def causal_lm(
     heads: int,
     vocab: int,
     positions: int,
+    **config_options: Any,
 ) -> PreTrainedModel:
     """Make a small causal LM with random float32 weights from nothing but its configuration.
 
@@ -546,6 +547,8 @@ def causal_lm(
         A `model_type` of transformers: "llama", "gpt2", "qwen2", "mistral", "gpt_neox", ...
     layers, d_model, heads, vocab, positions
         Decoder layers, width, attention heads, vocabulary and most tokens at a time.
+    **config_options
+        More settings of the family's configuration.
     """
     config = AutoConfig.for_model(
         base,
@@ -567,6 +570,7 @@ def causal_lm(
             }.items()
             if hasattr(AutoConfig.for_model(base), name)
         },
+        **config_options,
     )
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 

@@ -19,7 +19,7 @@ import torch.fx as fx
 
 from diagpass.analysis.cells import Proposal, contract, is_operation, same_arguments
 from diagpass.analysis.complete import complete
-from diagpass.capture.marks import Call
+from diagpass.capture.marks import Call, all_calls
 
 Owner = dict[fx.Node, int]
 aten = torch.ops.aten
@@ -52,6 +52,7 @@ def assign(graph: fx.Graph, proposal: Proposal, absorb: bool = True) -> tuple[Ow
         node: numbers[proposal[node]] for node in graph.nodes if node in proposal and is_operation(node)
     }
     _hoist(graph, owner, calls)
+    _peel(graph, owner, calls)
     owner = contract(graph, owner)
     owner, calls = join_siblings(graph, owner, calls)
     _adopt_constants(graph, owner)
@@ -118,6 +119,32 @@ def _hoist(graph: fx.Graph, owner: Owner, calls: list[Call]) -> None:
                 del owner[node]
 
 
+def _peel(graph: fx.Graph, owner: Owner, calls: list[Call]) -> None:
+    """What one module begins with and most of its siblings lack becomes glue, where no cell comes before it.
+
+    A norm of the embedding inside the first block would make that block a kind of its own.
+    """
+    stacks = all_calls(graph)
+    inner: dict[fx.Node, tuple] = {}
+    members: dict[tuple, set[str]] = {}
+    for node, cell in owner.items():
+        call, stack = calls[cell], stacks[node]
+        within = stack[stack.index(call) + 1 :] if call in stack else ()
+        inner[node] = (call.family, within[0].path.removeprefix(call.path) if within else "")
+        for key in (call.family, inner[node]):
+            members.setdefault(key, set()).add(call.path)
+    behind: set[fx.Node] = set()  # nodes with a cell before them
+    for node in graph.nodes:
+        after = any(source in behind for source in node.all_input_nodes)
+        if node in owner and not after:
+            family, _ = inner[node]
+            if 2 * len(members[inner[node]]) < len(members[family]):
+                del owner[node]
+                continue
+        if node in owner or after:
+            behind.add(node)
+
+
 def _gather_glue(graph: fx.Graph, owner: Owner) -> None:
     """Glue that no cell has a part in goes before all cells, and equal glue is computed once.
 
@@ -148,6 +175,8 @@ def _adopt_constants(graph: fx.Graph, owner: Owner) -> None:
         if node in owner or not is_operation(node) or not node.users:
             continue
         if not node.all_input_nodes or any(s.op != "placeholder" for s in node.all_input_nodes):
+            continue
+        if any(s.meta.get("segment_input") for s in node.all_input_nodes):  # the embedding of the tokens
             continue
         if node.target in _SELECTIONS:
             continue

@@ -109,22 +109,26 @@ def iterator() -> str | None:
 
     Only meaningful inside a backend call.
     """
-    return _existing(lambda effects, variable, item: hasattr(type(item), "__next__"))
+    found = _existing(lambda effects, variable, item: hasattr(type(item), "__next__"))
+    return next((name for name, _ in found), None)
 
 
-def outside_write(holds: Callable[[int], bool]) -> str | None:
-    """A name for a Python object that the captured frame changes and ``holds`` (an id) says no to, or None.
+def outside_writes(holds: Callable[[int], bool]) -> list[tuple[str, Any]]:
+    """Python objects that the captured frame changes and ``holds`` (an id) says no to: their names and they.
 
-    Attributes that are set and set back do not count. Only meaningful inside a backend call.
+    Attributes that are set and set back, and stacks that are empty again, do not count. Only meaningful
+    inside a backend call.
     """
 
     def found(effects: Any, variable: Any, item: Any) -> bool:
         if isinstance(item, torch.Tensor) or not effects.is_modified(variable) or holds(id(item)):
             return False
+        if isinstance(item, list) and not item and getattr(variable, "items", None) == []:
+            return False
         attributes = effects.store_attr_mutations.get(variable)
         return not attributes or any(_differs(item, name, value) for name, value in attributes.items())
 
-    return _existing(found)
+    return list(_existing(found))
 
 
 def _differs(item: Any, name: str, value: Any) -> bool:
@@ -135,12 +139,12 @@ def _differs(item: Any, name: str, value: Any) -> bool:
     return type(before) is not type(after) or before != after
 
 
-def _existing(found: Callable[[Any, Any, Any], bool]) -> str | None:
-    """The name of the first object from before the frame for which ``found`` says yes."""
+def _existing(found: Callable[[Any, Any, Any], bool]) -> Iterator[tuple[str, Any]]:
+    """The objects from before the frame for which ``found`` says yes, each with its name."""
     try:
         effects = InstructionTranslator.current_tx().output.side_effects
     except (AttributeError, LookupError):
-        return None
+        return
     objects = {id(item): item for item in effects.keepalive}
     for number, variable in effects.id_to_variable.items():
         if number not in objects or variable.source is None:
@@ -151,8 +155,7 @@ def _existing(found: Callable[[Any, Any, Any], bool]) -> str | None:
             continue
         if found(effects, variable, objects[number]):
             attributes = effects.store_attr_mutations.get(variable, ())
-            return ", ".join(f"{name}.{attribute}" for attribute in attributes) or name
-    return None
+            yield ", ".join(f"{name}.{attribute}" for attribute in attributes) or name, objects[number]
 
 
 def graph_break() -> tuple[str, str] | None:

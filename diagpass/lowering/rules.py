@@ -249,6 +249,37 @@ def _lstm_cell(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
     return tuple(_unfold(item, width) for item in out)
 
 
+@rule(aten.mkldnn_rnn_layer.default)
+def _lstm_layer(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
+    """A whole LSTM layer on the CPU, token by token: (G, T, B, D) -> (G, T, B, N), all states (G, B, N).
+
+    The library's kernel takes one set of weights. The input's product is one for all tokens.
+    """
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given["mode"] != 2 or given["bidirectional"] or given["batch_sizes"] or given["num_layers"] != 1:
+        raise BatchingError(f"operation {target} has no batching rule for more than one LSTM layer one way")
+    x, w_in, w_state, hidden, state = (
+        _stack(given[name], width) for name in ("input", "weight0", "weight1", "hx_", "cx_")
+    )
+    shape = hidden.shape
+    hidden, state = (value.reshape(width, -1, value.shape[-1]) for value in (hidden, state))
+    gates = torch.matmul(x.flatten(1, 2), w_in.mT).unflatten(1, x.shape[1:3])
+    if given["has_biases"]:
+        gates = gates + (_stack(given["weight2"], width) + _stack(given["weight3"], width))[:, None, None]
+    outputs: list[Any] = [None] * x.shape[1]
+    order = range(x.shape[1])
+    for at in reversed(order) if given["reverse"] else order:
+        now = gates[:, at] + torch.bmm(hidden, w_state.mT)
+        i, f, g, o = now.chunk(4, -1)
+        state = f.sigmoid() * state + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * state.tanh()
+        outputs[at] = hidden
+    out = torch.stack(outputs, 1)  # the kernel takes and gives tokens first whatever batch_first says
+    workspace = torch.empty(0, dtype=torch.uint8, device=x.device)
+    return Stacked(out), Stacked(hidden.reshape(shape)), Stacked(state.reshape(shape)), workspace
+
+
 @rule(aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 def _same(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
     return args[0]

@@ -15,9 +15,12 @@ import torch
 import torch.fx as fx
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diagpass.capture import dynamo, functional
 from diagpass.capture.effects import Effects, effects
+from diagpass.capture.marks import module_of, source_line
 from diagpass.errors import CaptureError
 
 __all__ = ["StepGraph", "capture"]
@@ -97,8 +100,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str]
         raise CaptureError("the step has no tensor operation")
     placeholders = graph.graph.find_nodes(op="placeholder")
     if metadata is None or len(placeholders) != len(inputs):
-        names = ", ".join(_sharing(gm, inputs)) or "inputs of the step"
-        raise CaptureError(f"{names} share memory and are written in place; keep such state apart")
+        raise CaptureError(_regrouped(gm, inputs))
+    _check_known(graph)
     written = tuple(metadata.mutated_inp_runtime_indices)
     (results,) = graph.graph.find_nodes(op="output")[0].args
     returned = results[len(written) : len(written) + len(metadata.output_info)]
@@ -127,6 +130,31 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str]
         input_groups=input_groups,
         effects=effects(),
     )
+
+
+def _check_known(graph: fx.GraphModule) -> None:
+    """Refuse numbers and sizes that are read from tensors: a segment is recorded before its values are there.
+
+    Raises
+    ------
+    CaptureError
+        The message names the operation and the user's line.
+    """
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else ()
+        if node.target is torch.ops.aten._local_scalar_dense.default:
+            what = "a number is read from a tensor (.item() or int(tensor))"
+        elif node.op == "call_function" and free_unbacked_symbols(tuple(sizes)):
+            what = f"the size of a result of {node.target} depends on its values"
+        else:
+            continue
+        line, module = source_line(node), module_of(node)
+        where = "" if module == "(model)" else f" in {module}"
+        raise CaptureError(
+            f"{what}{where}{f' at {line}' if line else ''}, and a segment is recorded before its "
+            "values are known; keep such a number as a Python int that the step counts, and sizes fixed"
+        )
 
 
 def _groups(
@@ -164,6 +192,20 @@ def _groups(
 
 def _storage(value: torch.Tensor) -> Any:
     return value.untyped_storage()._cdata
+
+
+def _regrouped(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
+    """Why AOTAutograd's graph has other inputs than Dynamo's."""
+    for at, value in enumerate(inputs):
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            return (
+                f"{_name(gm, at)} is a {type(value).__name__}, a tensor that stands for several others, and "
+                "has no row in a stack; keep the parts as buffers of a module instead"
+            )
+    names = ", ".join(_sharing(gm, inputs))
+    if names:
+        return f"{names} share memory and are written in place; keep such state apart"
+    return "AOTAutograd gives its functional graph other inputs than the step has"
 
 
 def _sharing(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:

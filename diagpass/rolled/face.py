@@ -40,11 +40,11 @@ from diagpass.rolled.check import compare, named_results, run_in_double
 from diagpass.rolled.layout import fixed_layout
 from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight, Run
-from diagpass.rolled.session import StepSession
+from diagpass.rolled.session import OutsideWrite, StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
 from diagpass.rolled.undo import Undo
 from diagpass.rolled.view import Carried, View
-from diagpass.state import Snapshot
+from diagpass.state import Memos, Snapshot
 from diagpass.transformed import (
     CaptureFailed,
     Transformed,
@@ -86,6 +86,7 @@ class TransformedLoop(Transformed):
             _failed={},
             _warned=set(),
             _warmed=False,
+            _filled=0,
             _broken=None,
             _last=None,
             _verified=set(),
@@ -117,7 +118,7 @@ class TransformedLoop(Transformed):
 
     def _dry_run(self, segments: list[Any], state: Any, kwargs: dict, reset: bool = True) -> Run:
         """Record a call without running anything; the state stays as it is."""
-        before = Snapshot(self._original.step)
+        before = Snapshot(self._original.step, state)
         try:
             while True:
                 if reset:
@@ -128,7 +129,11 @@ class TransformedLoop(Transformed):
                         pass
                 except NotAWeight as found:
                     before.restore()
-                    self._take_for_state(found.name)
+                    self._take_for_state(found.names)
+                    continue
+                except OutsideWrite as refused:
+                    before.restore()
+                    self._fill_memos(refused, segments[: run.segments + 1], state, kwargs)
                     continue
                 run.drain()
                 return run
@@ -174,7 +179,7 @@ class TransformedLoop(Transformed):
         self._begin()
         while True:
             run = Run(self._session.kinds, max_width)
-            run.undo = Undo(loop.step, whole=not self._session.programs)
+            run.undo = Undo(loop.step, state, whole=not self._session.programs)
             carried = Carried(state)
             try:
                 outputs = [out for done in self._record(run, segments, carried, kwargs) for out in done]
@@ -183,7 +188,11 @@ class TransformedLoop(Transformed):
                 run.finish()
             except NotAWeight as found:
                 run.undo.restore()
-                self._take_for_state(found.name)
+                self._take_for_state(found.names)
+                continue
+            except OutsideWrite as refused:
+                run.undo.restore()
+                self._fill_memos(refused, segments[: run.segments + 1], state, kwargs)
                 continue
             except BaseException:
                 run.undo.restore()
@@ -233,12 +242,16 @@ class TransformedLoop(Transformed):
             exact = run_in_double(loop, (inputs, state), kwargs, "step")
             return compare(sequential, unbatched, batched, exact)
 
-    def _take_for_state(self, name: str) -> None:
-        """A buffer that the step replaces is state, not a weight: capture anew."""
-        log.info("%s is replaced by the step: taken for state", name)
+    def _take_for_state(self, names: Iterable[str]) -> None:
+        """Buffers that the step replaces are state, not weights: capture anew."""
+        log.info("%s replaced by the step: taken for state", ", ".join(names))
         session = self._session
         renewed = StepSession(
-            self._original.step, self._options, captures=session.captures, changing={*session.changing, name}
+            self._original.step,
+            self._options,
+            symbols=set(session.symbols),
+            captures=session.captures,
+            changing={*session.changing, *names},
         )
         self.__dict__.update(_session=renewed, _entry=make_entry(self._original.step, renewed))
 
@@ -290,7 +303,7 @@ class TransformedLoop(Transformed):
                                 pass
                         except _STOPS as stopped:
                             if isinstance(stopped, NotAWeight):
-                                self._take_for_state(stopped.name)
+                                self._take_for_state(stopped.names)
                             else:
                                 self._refuse_because(stopped, _key(self, segment, kwargs))
                             done = run.drain()
@@ -361,7 +374,7 @@ class TransformedLoop(Transformed):
         session = self._session
         config: Any = torch._dynamo.config
         learning = run.fresh_captures < MAX_FRESH
-        session.run = run
+        session.run, session.carried = run, args[1:]
         try:
             with contextlib.nullcontext() if learning else config.patch(error_on_recompile=True):
                 try:
@@ -377,7 +390,7 @@ class TransformedLoop(Transformed):
                 f"{dynamo.changed(error)}"
             ) from None
         finally:
-            session.run = None
+            session.run, session.carried = None, ()
 
     def _warm_up(self, args: tuple, kwargs: dict) -> None:
         """Run the step once as it stands: some libraries set themselves up at a first call."""
@@ -386,6 +399,43 @@ class TransformedLoop(Transformed):
         with torch.no_grad():
             self._original.step(*args, **kwargs)
         before.restore(keep_setup=True)
+
+    def _fill_memos(self, refused: OutsideWrite, segments: list[Any], state: Any, kwargs: dict) -> None:
+        """Run segments twice as they stand: what the step changes outside may be what a library keeps of a
+        look-up. It is so if the second run changes nothing there and gives the same bits.
+
+        Raises
+        ------
+        OutsideWrite
+            It is not so; everything is as before.
+        """
+        if len(segments) <= self._filled or not all(map(Memos.can_hold, refused.objects)):
+            raise refused
+        loop = self._original
+        self.__dict__["_filled"] = len(segments)
+        memos = Memos(refused.objects)
+        before = Snapshot(loop.step, segments, state, kwargs)
+
+        def run() -> dict[str, torch.Tensor]:
+            try:
+                with torch.no_grad():
+                    loop.reset_step()
+                    plain = _plainly(loop, segments, state, kwargs)
+                    return named_results(list(plain), loop.step)
+            finally:
+                before.restore()
+
+        try:
+            first = run()
+            filled = Memos(refused.objects)
+            second = run()
+        except BaseException:
+            memos.restore()
+            raise
+        if not filled.unchanged() or not _same_bits(first, second):
+            memos.restore()
+            raise refused
+        log.info("run twice as it stands, which fills what is kept outside of the step")
 
     def _begin(self) -> None:
         """Start a call: reset, and say that earlier streams are over."""
@@ -517,6 +567,13 @@ def _plainly(
             output = loop.step(segment, **kwargs)
         yield own(output)
     return state if loop.carries_state else None
+
+
+def _same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        a.shape == right[name].shape and torch.equal(a.nan_to_num(), right[name].nan_to_num())
+        for name, a in left.items()
+    )
 
 
 def _fixed(leaf: Any, own: bool) -> Any:

@@ -78,7 +78,7 @@ class OuterRun(Run):
             if is_weight and id(value) in self._tokens
         ]
         if made:  # all at once: each time is a capture
-            raise NotAWeight(*made)
+            raise NotAWeight(made)
         self.seen.update((id(value), value) for value in args if isinstance(value, torch.Tensor))
         return super().step(program, args)
 
@@ -154,7 +154,7 @@ class OuterRun(Run):
         if token is not None and token is not value:
             self.touch(token)
             return self.view(token, value)
-        return super()._input(value)
+        return super().value_of(value)
 
 
 class Outer:

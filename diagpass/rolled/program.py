@@ -28,6 +28,8 @@ from diagpass.rolled.capture import StepGraph
 
 __all__ = ["Lump", "Output", "StepCell", "StepProgram", "make_program"]
 
+SEGMENT = "L['args'][0]"  # how Dynamo names what belongs to the segment among the inputs of a step
+
 
 class Refused(DiagpassError):
     """The step cannot run as a wavefront; carries the :class:`~diagpass.pipeline.Refusal`."""
@@ -122,6 +124,8 @@ def make_program(step: StepGraph, options: Options) -> StepProgram:
     """
     gm = step.graph
     placeholders = tuple(gm.graph.find_nodes(op="placeholder"))
+    for node, name in zip(placeholders, step.names, strict=True):
+        node.meta["segment_input"] = name.startswith(SEGMENT)
     prepare(gm)
     proposal = next(propose(gm.graph, options.cells), {})
     restack_outputs(gm, lambda node: proposal[node].path if node in proposal else None)

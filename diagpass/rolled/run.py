@@ -54,11 +54,11 @@ class Conflict(Exception):
 
 
 class NotAWeight(Conflict):
-    """What was taken for a weight is replaced by the step; ``name`` is Dynamo's name of it, ``names`` all."""
+    """What was taken for weights is replaced by the step; ``names`` are Dynamo's names of them."""
 
-    def __init__(self, name: str, *others: str) -> None:
-        super().__init__(f"{name} was replaced by the step itself")
-        self.name, self.names = name, (name, *others)
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"{', '.join(names)} replaced by the step itself")
+        self.names = tuple(names)
 
 
 class Run:
@@ -178,9 +178,11 @@ class Run:
         if found is None:
             at = [place for place, is_weight in enumerate(program.step.weights) if is_weight]
             weights = [args[place] for place in at]
+            known = self._pending.keys() | self._tokens
+            replaced = [place for place, weight in zip(at, weights, strict=True) if id(weight) in known]
+            if replaced:
+                raise NotAWeight([program.step.names[place] for place in replaced])
             for place, weight in zip(at, weights, strict=True):
-                if id(weight) in self._pending or id(weight) in self._tokens:
-                    raise NotAWeight(program.step.names[place])
                 if self._written and weight.untyped_storage().data_ptr() in self._written:
                     raise Conflict(f"{program.step.names[place]} shares memory with what is written in place")
             if self.kinds.use(program, weights) and self._weights_of:
@@ -188,9 +190,9 @@ class Run:
             self._weights_of[program] = (at, weights)
             self._fresh = False
             return
-        for place, weight in zip(*found, strict=True):
-            if args[place] is not weight:
-                raise NotAWeight(program.step.names[place])
+        replaced = [place for place, weight in zip(*found, strict=True) if args[place] is not weight]
+        if replaced:
+            raise NotAWeight([program.step.names[place] for place in replaced])
 
     def value_of(self, value: torch.Tensor) -> Box:
         """The box of a tensor that a segment reads."""

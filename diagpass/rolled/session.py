@@ -25,12 +25,27 @@ from diagpass.state import Snapshot
 log = logging.getLogger(__name__)
 
 
+class OutsideWrite(Refused):
+    """The step changes Python objects that are no part of it; ``objects`` are they."""
+
+    def __init__(self, found: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(
+            Refusal(
+                f"the step cannot be captured soundly: {found[0][0]} is changed by the step and is no part "
+                "of it, so it could not be put back after a failure; keep it in an attribute of the step",
+                CaptureError,
+            )
+        )
+        self.objects = [item for _, item in found]
+
+
 @dataclasses.dataclass
 class StepSession:
     """What is known of one step: its programs, and who is recording at present.
 
     It has what :func:`diagpass.transformed.call_entry` asks of a session: ``symbols``, the counters that stay
-    symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces.
+    symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces,
+    ``carried`` is the state that it is given and may change: a cache, say.
     """
 
     step: torch.nn.Module
@@ -42,6 +57,7 @@ class StepSession:
     programs: list[StepProgram] = dataclasses.field(default_factory=list)
     kinds: Kinds = dataclasses.field(init=False)
     run: Run | None = None
+    carried: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         self.kinds = Kinds(self.options)
@@ -52,11 +68,12 @@ class StepSession:
         obstacle = self._obstacle()
         if obstacle is not None:
             raise Refused(Refusal(f"the step cannot be captured soundly: {obstacle}", CaptureError))
+        self._check_outside()
         fresh = dynamo.counters() - self.symbols
         if fresh:
             raise FoundCounters(fresh)
         try:
-            step = capture(gm, inputs, self.changing)
+            step = capture(gm, inputs, self.changing | self._written())
         except CaptureError as error:
             raise Refused(Refusal(f"the step cannot be deferred: {error}", CaptureError)) from None
         artifact("diagpass_step", lambda: step.graph.print_readable(print_output=False))
@@ -76,6 +93,10 @@ class StepSession:
 
         return record
 
+    def _written(self) -> set[str]:
+        """Names of what the behaviours known so far write in place: state, where another only reads it."""
+        return {program.step.names[at] for program in self.programs for at in program.step.written}
+
     def _obstacle(self) -> str | None:
         """What Dynamo captures wrongly, or what could not be put back if the call failed."""
         bounded = dynamo.bounded_deque()
@@ -87,10 +108,10 @@ class StepSession:
         iterator = dynamo.iterator()
         if iterator is not None:
             return f"{iterator} is an iterator, and capturing one would advance it; use a counter"
-        outside = dynamo.outside_write(Snapshot(self.step, values=False).holds)
-        if outside is not None:
-            return (
-                f"{outside} is changed by the step and is no part of it, so it could not be put back after a "
-                "failure; keep it in an attribute of the step"
-            )
         return None
+
+    def _check_outside(self) -> None:
+        """Refuse a step that changes what is no part of it."""
+        found = dynamo.outside_writes(Snapshot(self.step, *self.carried, values=False).holds)
+        if found:
+            raise OutsideWrite(found)

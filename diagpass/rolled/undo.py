@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from diagpass.capture.effects import Effects, resolve
 from diagpass.state import Snapshot, contents_of, put_back
 
@@ -22,15 +20,15 @@ class Undo:
 
     Parameters
     ----------
-    step
-        The step.
+    roots
+        The step, and the state that it is given.
     whole
-        Whether to remember all of it from the start.
+        Whether to remember all of them from the start.
     """
 
-    def __init__(self, step: torch.nn.Module, whole: bool) -> None:
-        self._step = step
-        self._snapshot = Snapshot(step, values=False) if whole else None
+    def __init__(self, *roots: Any, whole: bool) -> None:
+        self._roots = roots
+        self._snapshot = Snapshot(*roots, values=False) if whole else None
         self._noted: dict[int, tuple[Any, Any]] = {}
 
     def note(self, effects: Effects, scope: Mapping[str, Any]) -> None:
@@ -42,7 +40,7 @@ class Undo:
         except LookupError:
             owners = None
         if owners is None or effects.owners is None:
-            self._snapshot = Snapshot(self._step, values=False)
+            self._snapshot = Snapshot(*self._roots, values=False)
             return
         for owner in owners:
             if id(owner) not in self._noted:
