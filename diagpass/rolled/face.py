@@ -95,8 +95,14 @@ class TransformedLoop(Transformed):
 
     @property
     def report(self) -> Report | None:
-        """What the last call or stream found and did; None before the first."""
-        return self._last
+        """What the last call or stream found and did; None before the first.
+
+        It is made when it is asked for: for a short call that takes as long as the call.
+        """
+        last: Any = self._last
+        if callable(last):
+            last = self.__dict__["_last"] = last()
+        return last
 
     def capture(self, inputs: Any, /, state: Any = None, **kwargs: Any) -> Report | None:
         """Capture the step for these inputs without running it; the state stays as it is.
@@ -114,7 +120,7 @@ class TransformedLoop(Transformed):
                 self._remember(self._dry_run(segments, state, kwargs), None)
             except _STOPS as stopped:
                 self._refuse_because(stopped, _key(self, segments[0], kwargs))
-        return self._last
+        return self.report
 
     def _dry_run(self, segments: list[Any], state: Any, kwargs: dict, reset: bool = True) -> Run:
         """Record a call without running anything; the state stays as it is."""
@@ -525,7 +531,7 @@ class TransformedLoop(Transformed):
         return run.steady_width() >= LEAST_MEAN_WIDTH
 
     def _remember(self, run: Run, ran: str | None) -> None:
-        self.__dict__["_last"] = rolled_report(run, self._session, None, ran)
+        self.__dict__["_last"] = functools.partial(rolled_report, run, self._session, None, ran)
         for note in self._session.kinds.notes:
             if note not in self._warned:
                 self._warned.add(note)

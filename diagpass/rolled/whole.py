@@ -66,7 +66,10 @@ class TransformedModel(Transformed):
     @property
     def report(self) -> Report | None:
         """What the plan that ran last is and did; None before the first capture."""
-        return self._last if self._last is not None else self._session.report()
+        last: Any = self._last
+        if callable(last):
+            last = self.__dict__["_last"] = last()
+        return last if last is not None else self._session.report()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""
@@ -115,7 +118,7 @@ class TransformedModel(Transformed):
             with torch.no_grad():
                 key = call_key(self._original, args, kwargs)
                 if self._must_run_plainly(key, args, kwargs):
-                    return self._last
+                    return self.report
             try:
                 with torch.no_grad():
                     _, run = self._deferred(args, kwargs, self._options.max_width)
@@ -125,7 +128,7 @@ class TransformedModel(Transformed):
                 self._refuse_because(stopped, key)
             finally:
                 before.restore(keep_setup=True)
-        return self._last
+        return self.report
 
     def verify(self, *args: Any, **kwargs: Any) -> dict[str, dict[str, float]]:
         """Compare with the sequential run of this call; the model's state stays as it is.
@@ -261,7 +264,7 @@ class TransformedModel(Transformed):
             warnings.warn(f"running sequentially: {refusal.reason}", DiagpassWarning, stacklevel=5)
 
     def _remember(self, run: OuterRun, ran: str | None) -> None:
-        self.__dict__["_last"] = rolled_report(run, self._rolled, None, ran)
+        self.__dict__["_last"] = functools.partial(rolled_report, run, self._rolled, None, ran)
         for note in self._rolled.kinds.notes:
             if note not in self._warned:
                 self._warned.add(note)
