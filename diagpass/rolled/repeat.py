@@ -206,7 +206,7 @@ class Repeat:
         }
         result = list(steady.result_leaves)
         tokens = {
-            number: (run.token(program.returned[number].node), found[number])
+            number: (run.new_token(program.returned[number].node), found[number])
             for number in steady.handed_out.values()
         }
         for at, number in steady.handed_out.items():

@@ -306,7 +306,7 @@ class Run:
             if not isinstance(box, Box) or not isinstance(out.node, fx.Node):
                 results.append(box)
                 continue
-            token = self.token(out.node)
+            token = self.new_token(out.node)
             self._set(token, box)
             self._tokens.add(id(token))
             if out.group is not None:
@@ -319,7 +319,7 @@ class Run:
             self._rewritten.add(id(args[at]))
         return results
 
-    def token(self, node: fx.Node) -> torch.Tensor:
+    def new_token(self, node: fx.Node) -> torch.Tensor:
         """A tensor like the one that a node stands for, with no contents yet."""
         example = node.meta["val"]
         return torch.empty_strided(
