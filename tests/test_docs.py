@@ -87,6 +87,8 @@ def test_blocks_of_python_run(
     blocks = [block for block in BLOCK.findall(page.read_text("utf-8")) if ">>>" not in block]
     if not blocks:
         pytest.skip("no such block")
+    for package in re.findall(r"^(?:from|import) (\w+)", "".join(blocks), re.MULTILINE):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     space = names()
     with torch.no_grad():
