@@ -158,9 +158,11 @@ class Replayed:
         self.buffers = Buffers()
         self.replays = Replays(recorder)
         self._direct = Direct(kinds)
+        self._stream: Any = None
 
     def __call__(self, cells: Sequence[PendingCell]) -> int:
         """Run cells that do not depend on each other; how many of them ran batched."""
+        self._follow()
         jobs: list[tuple[Job, Kind, list[PendingCell], Sequence[int]]] = []
         batched = 0
         for kind, positions, members in self.kinds.groups(tuple(cell.number for cell in cells)):
@@ -178,6 +180,15 @@ class Replayed:
             for result, nodes in zip(job.results, kind.outputs, strict=True):
                 _put(None, result, nodes, group, members, result.data_ptr())
         return batched
+
+    def _follow(self) -> None:
+        """On another stream than last time, wait for that one: the buffers are the same."""
+        if self.kinds.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.kinds.device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def _job(self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]) -> Job | None:
         plan = self.kinds.plan(kind, tuple(cell.number for cell in cells), members)
