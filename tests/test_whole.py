@@ -160,6 +160,18 @@ class Fed(Whole):
         return torch.cat(outputs, 1)
 
 
+class FedViews(Whole):
+    """A view of a result, with no operation in between, goes into the step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.begin()
+        outputs = []
+        for segment in self.segments(x):
+            out = self.step(segment)
+            outputs += [out, self.step(out.view(out.shape)), self.step(out.flip(0)[:])]
+        return torch.cat(outputs, 1)
+
+
 class Remembered(Whole):
     """Results and counts are kept in lists and attributes."""
 
@@ -178,7 +190,7 @@ class Remembered(Whole):
         return torch.stack(self.kept[-2:]) + self.step.layers[0].state.sum()
 
 
-@pytest.mark.parametrize("kind", [Unknown, IntoBuffer, Fed, Remembered])
+@pytest.mark.parametrize("kind", [Unknown, IntoBuffer, Fed, FedViews, Remembered])
 def test_loops_of_many_kinds(kind: type[Whole]) -> None:
     check(kind("attribute"), 6, 4, rtol=0.0, max_width=1)
     check(kind("attribute"), 6, 4)

@@ -149,7 +149,8 @@ class OuterRun(Run):
 
         self._made[key] = weakref.ref(tensor, gone)
 
-    def _input(self, value: torch.Tensor) -> Box:
+    def value_of(self, value: torch.Tensor) -> Box:
+        """The box of a tensor that a segment reads; it may be a view of a token."""
         token = self.waiting(value)
         if token is not None and token is not value:
             self.touch(token)
