@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import time
 from typing import Any
 
@@ -476,7 +475,6 @@ def test_armt_over_gpt2_continues() -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(os.environ.get("CI") is not None, reason="a minute alone")
 def test_sixteen_layers_times_128_segments() -> None:
     """Acceptance: the first call within 60 s, another length within 25 s, nothing traced again."""
     plain, ids = build_armt("llama", 16, 128, batch=1)

@@ -16,7 +16,7 @@ from torch._dynamo.variables import ConstantVariable, SymNodeVariable, TensorVar
 
 from diagpass.capture.dynamo import source_name
 
-__all__ = ["Effects", "effects", "resolve"]
+__all__ = ["Effects", "changed_by", "effects", "resolve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,16 @@ def _added(owner: str, attribute: str, value: Any, shape_env: Any) -> int | None
 def _is_unbounded(bounds: Any) -> bool:
     limit = 1 << 62
     return bool(bounds.lower < -limit and bounds.upper > limit)
+
+
+def changed_by(found: Effects, scope: Mapping[str, Any]) -> list[Any] | None:
+    """The objects that the effects change; None if one of them has no name or is not there."""
+    if found.owners is None:
+        return None
+    try:
+        return [resolve(name, scope) for name in found.owners]
+    except LookupError:
+        return None
 
 
 def resolve(name: str, scope: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diagpass.capture.effects import Effects, resolve
+from diagpass.capture.effects import Effects, changed_by
 from diagpass.state import Snapshot, contents_of, put_back
 
 __all__ = ["Undo"]
@@ -35,11 +35,8 @@ class Undo:
         """Remember what is about to be changed; ``scope`` holds what its names begin with."""
         if self._snapshot is not None:
             return
-        try:
-            owners = [resolve(name, scope) for name in effects.owners or ()]
-        except LookupError:
-            owners = None
-        if owners is None or effects.owners is None:
+        owners = changed_by(effects, scope)
+        if owners is None:
             self._snapshot = Snapshot(*self._roots, values=False)
             return
         for owner in owners:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diagpass.capture.effects import Effects, resolve
+from diagpass.capture.effects import Effects, changed_by
 from diagpass.state import Snapshot, contents_of, put_back
 
 
@@ -47,11 +47,8 @@ class View:
         """Remember what is about to be changed; ``scope`` holds what its names begin with."""
         if self._swaps_all:
             return
-        try:
-            owners = [resolve(name, scope) for name in effects.owners or ()]
-        except LookupError:
-            owners = None
-        if owners is None or effects.owners is None:
+        owners = changed_by(effects, scope)
+        if owners is None:
             self._swaps_all, self._all_outside = True, Snapshot(self._step, values=False)
             return
         for owner in owners:
