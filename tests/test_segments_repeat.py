@@ -178,6 +178,48 @@ class KeepsItsOutput(Step):
         return y
 
 
+class OutputIsState(Layer):
+    """A recurrent layer whose output is its state, as that of a GRU is; the lengths must be the same."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = torch.zeros(B, T, D, dtype=torch.float64)
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.state = torch.tanh(self.inp(h) + self.mem(self.state))
+        return self.state
+
+
+class KeepsTwoOutputs(Step):
+    """The last output but one is state, too."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.last = self.older = torch.zeros(B, T, D, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.older, self.last = self.last, y
+        return y
+
+
+@pytest.mark.parametrize("step", [Step, KeepsTwoOutputs])
+@pytest.mark.parametrize("max_width", [1, None])
+def test_an_output_that_is_state(step: type[Step], max_width: int | None, repeated: list[int]) -> None:
+    """What is returned keeps its value, and the state is the last segment's."""
+    loop = loop_of(OutputIsState, step)
+    loop.reset = None
+    loop.step.reset()
+    fast = fast_copy(loop, max_width=max_width)
+    for segments in (10, 4, 9):
+        x = tokens(segments * T)
+        with torch.no_grad():
+            expected, got = loop(x), fast(x)
+        assert_tree_same(got, expected, 0.0 if max_width == 1 else 1e-12, "output")
+        assert_state_same(fast.original, loop, 0.0 if max_width == 1 else 1e-12, "state")
+    assert (repeated[0] > 0) == (step is Step)
+
+
 class ReturnsPieces(Step):
     """A dict with the same tensor twice, a number and None."""
 
@@ -216,9 +258,27 @@ class Carries(nn.Module):
         return x, (new, number)
 
 
-def test_state_that_is_passed_on(repeated: list[int]) -> None:
+class CarriesOutputs(nn.Module):
+    """The outputs of all layers are the state that is passed on, and the last one is the output, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(D, D) for _ in range(3)])
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        if state is None:
+            state = {"h": [torch.zeros_like(x) for _ in self.layers]}
+        new = []
+        for layer, memory in zip(self.layers, state["h"], strict=True):
+            x = torch.tanh(layer(x) + memory / 2)
+            new.append(x)
+        return x, {"h": new}
+
+
+@pytest.mark.parametrize("step", [Carries, CarriesOutputs])
+def test_state_that_is_passed_on(step: type[nn.Module], repeated: list[int]) -> None:
     torch.manual_seed(2)
-    loop = SegmentLoop(Carries(), T, carries_state=True).double()
+    loop = SegmentLoop(step(), T, carries_state=True).double()
     fast = fast_copy(loop)
     states: list[Any] = [None, None]
     for _ in range(3):

@@ -7,7 +7,9 @@ reads what Dynamo is about to write; :func:`resolve` finds the object behind a n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -128,8 +130,11 @@ def resolve(name: str, scope: Mapping[str, Any]) -> Any:
         There is none now.
     """
     try:
-        return eval(
-            name, {"L": scope, "torch": torch}
-        )  # the names are Dynamo's own, which its guards evaluate
+        return eval(_compiled(name), {"L": scope, "torch": torch})
     except Exception as error:
         raise LookupError(f"{name}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(name: str) -> CodeType:
+    return compile(name, "<Dynamo's name>", "eval")  # what its guards evaluate, too

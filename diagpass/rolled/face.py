@@ -348,6 +348,7 @@ class TransformedLoop(Transformed):
         asked about each, for others may have changed what guards ask about.
         """
         loop = self._original
+        run.carried = carried
         for segment in segments:
             self._check_width(run)  # before: a stream that stops here runs this segment as it stands
             segment = tree_map(functools.partial(_fixed, own=stream), segment)

@@ -52,6 +52,20 @@ class _Seen:
     described: list[Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A result of the graph that is handed out and is state as well.
+
+    What was handed out holds that segment's value for good, so the state becomes another tensor at the end.
+    ``owner`` has it as its ``attribute``, or it is leaf ``at`` of the state that is passed on.
+    """
+
+    number: int
+    owner: Any = None
+    attribute: str = ""
+    at: int = 0
+
+
 @dataclasses.dataclass
 class _Steady:
     """What is known once segments repeat."""
@@ -67,6 +81,7 @@ class _Steady:
     args: list[Any]
     results: list[Any]
     counters: list[tuple[Any, str, int]]
+    kept: list[_Kept]
     before: list[Any]
     last: list[Any]
     count: int = 0
@@ -145,23 +160,39 @@ class Repeat:
                 return None
         if not all(isinstance(leaf, (torch.Tensor, *_ATOMS)) for leaf in tree_leaves(state)):
             return None
-        kept = {id(leaf) for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)}
-        known = {id(value) for value in (*args, *results) if isinstance(value, torch.Tensor)}
+        given_away = {id(out_leaves[at]): number for at, number in handed_out.items()}
+        origins = seen.origins or []
+        fixed = _fixed(origins, set(given_away.values()))
+        known = {
+            id(value)
+            for value in (*(value for at, value in enumerate(args) if at not in fixed), *results)
+            if isinstance(value, torch.Tensor)
+        }
+        kept: list[_Kept] = []
         try:
             for owner, attribute in program.step.effects.tensors:
-                value = getattr(resolve(owner, run.scope), attribute)
-                kept.add(id(value))
+                place = resolve(owner, run.scope)
+                value = id(getattr(place, attribute))
+                if value in given_away:
+                    kept.append(_Kept(given_away[value], place, attribute))
+                elif value not in known:
+                    return None
             counters = [
                 (resolve(owner, run.scope), attribute, added)
                 for owner, attribute, added in program.step.effects.counters
             ]
         except (LookupError, AttributeError):
             return None
-        if not kept <= known or any(id(out_leaves[at]) in kept for at in handed_out):
+        for at, leaf in enumerate(tree_leaves(state)):
+            if id(leaf) in given_away:
+                kept.append(_Kept(given_away[id(leaf)], at=at))
+            elif isinstance(leaf, torch.Tensor) and id(leaf) not in known:
+                return None
+        numbers = {item.number for item in kept}
+        if any(program.returned[number].group is not None for number in numbers):
             return None
-        given_away = set(handed_out.values())
-        origins = seen.origins or []
-        if any(o.place == "result" and o.at in given_away for o in origins):
+        lost = set(given_away.values()) - numbers
+        if any(o.place == "result" and o.at in lost for o in origins):
             return None
         entry = _entry(run, origins, args, results)
         return _Steady(
@@ -173,9 +204,12 @@ class Repeat:
             result_leaves=[None if at in handed_out else leaf for at, leaf in enumerate(out_leaves)],
             result_spec=out_spec,
             handed_out=handed_out,
-            args=seen.args,
-            results=[None if at in given_away else value for at, value in enumerate(seen.results)],
+            args=[None if at in fixed else value for at, value in enumerate(seen.args)],
+            results=[
+                None if at in given_away.values() else value for at, value in enumerate(seen.results)
+            ],
             counters=counters,
+            kept=kept,
             before=[],
             last=[],
         )
@@ -228,13 +262,51 @@ class Repeat:
         for at, reference in enumerate(steady.args):
             origin = steady.origins[at]
             written = steady.program.moving[at] in steady.program.step.written
-            if written or origin.place in ("result", "input"):
+            if reference is not None and (written or origin.place in ("result", "input")):
                 run.stand_for(_alive(reference), steady.before[at], written)
         for at, reference in enumerate(steady.results):
             if reference is not None and steady.program.returned[at].passed is None:
                 run.stand_for(_alive(reference), steady.last[at], False)
+        _put_back(run, steady)
         for owner, attribute, added in steady.counters:
             setattr(owner, attribute, getattr(owner, attribute) + added * steady.count)
+
+
+def _fixed(origins: Sequence[Origin], given_away: set[int]) -> set[int]:
+    """Inputs that were handed out by a segment before, and so keep what they hold."""
+    found: set[int] = set()
+    while True:
+        more = {
+            at
+            for at, origin in enumerate(origins)
+            if at not in found
+            and (
+                (origin.place == "result" and origin.at in given_away)
+                or (origin.place == "input" and origin.at in found)
+            )
+        }
+        if not more:
+            return found
+        found |= more
+
+
+def _put_back(run: Any, steady: _Steady) -> None:
+    """Give the state that was handed out, too, tensors of its own."""
+    made: dict[int, torch.Tensor] = {}
+    passed: dict[int, torch.Tensor] = {}
+    for item in steady.kept:
+        if item.number not in made:
+            made[item.number] = run.stand_in(
+                steady.program.returned[item.number].node, steady.last[item.number]
+            )
+        if item.owner is not None:
+            setattr(item.owner, item.attribute, made[item.number])
+        else:
+            passed[item.at] = made[item.number]
+    if passed:
+        leaves, spec = tree_flatten(run.carried.value)
+        leaves = [passed.get(at, leaf) for at, leaf in enumerate(leaves)]
+        run.carried.value = tree_unflatten(leaves, spec)
 
 
 def _entry(run: Any, origins: Sequence[Origin], args: Sequence[Any], results: Sequence[Any]) -> list[Any]:

@@ -100,6 +100,7 @@ class Run:
         self._lumps: dict[Any, tuple[list, list[Box]]] = {}
         self.undo: Undo | View | None = None
         self.scope: dict[str, Any] = {}
+        self.carried: Any = None
         self.repeat = Repeat()
         self.last: tuple[StepProgram, Sequence[Any], list[Any]] | None = None
         self._waiting: deque[tuple[Any, int, list[tuple[torch.Tensor, Box]]]] = deque()
@@ -306,9 +307,7 @@ class Run:
             if not isinstance(box, Box) or not isinstance(out.node, fx.Node):
                 results.append(box)
                 continue
-            token = self.new_token(out.node)
-            self._set(token, box)
-            self._tokens.add(id(token))
+            token = self.stand_in(out.node, box)
             if out.group is not None:
                 family = families.setdefault(out.group, [])
                 family.append(weakref.ref(token))
@@ -328,6 +327,13 @@ class Run:
             dtype=example.dtype,
             device=example.device,
         )
+
+    def stand_in(self, node: fx.Node, box: Any) -> torch.Tensor:
+        """A new tensor that will hold what ``box`` stands for."""
+        token = self.new_token(node)
+        self._set(token, box)
+        self._tokens.add(id(token))
+        return token
 
     def stand_for(self, tensor: torch.Tensor | None, box: Any, written: bool) -> None:
         """Say what a tensor that the step keeps, or writes in place, will hold; None if it is gone."""
