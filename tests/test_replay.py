@@ -1,98 +1,20 @@
-"""Waves as replays: the same results when what a wave reads and writes lies at addresses that come again.
-
-A CUDA graph is stood in for by a tape that repeats the wave's groups on the memory, and on nothing but the
-memory, that they were recorded with.
-"""
+"""Waves as replays: the same results when what a wave reads and writes lies at addresses that come again."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from diagpass import SegmentLoop
-from diagpass.rolled import run as run_module
-from diagpass.rolled.waves import Direct, Replayed, WaveWork
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.replay import MOST, Replays
 from tests import rolled_models as models
 from tests.helpers import assert_state_same, assert_tree_same, fast_copy
 from tests.rolled_models import T
+from tests.tape import check, poisoned, replaying  # noqa: F401
 
 CPU = torch.device("cpu")
-
-
-def alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, held by nobody."""
-    size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    raw = (ctypes.c_byte * (size * tensor.element_size())).from_address(tensor.data_ptr())
-    return torch.frombuffer(raw, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
-
-
-class Tape:
-    """Repeats a wave at the addresses that it was recorded with."""
-
-    def record(self, work: WaveWork) -> Callable[[], None]:
-        work()
-        jobs = [
-            (
-                job.into.run,
-                [
-                    [alias(part) for part in item] if isinstance(item, list) else alias(item)
-                    for item in job.operands()
-                ],
-                [alias(item) for item in job.results],
-            )
-            for job in work.jobs
-        ]
-
-        def again() -> None:
-            for run, operands, results in jobs:
-                run(*(torch.cat(item) if isinstance(item, list) else item for item in operands), *results)
-
-        return again
-
-
-@pytest.fixture(autouse=True)
-def _replaying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def runner(kinds, max_width):
-        if max_width == 1:
-            return Direct(kinds)
-        if kinds.runner is None:
-            kinds.runner = Replayed(kinds, Tape())  # type: ignore[arg-type]
-        return kinds.runner
-
-    monkeypatch.setattr(run_module, "runner", runner)
-    yield
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a buffer held before is gone when it is lent: whoever still reads it fails."""
-    lend = Buffers.lend
-
-    def poisoned(self: Buffers, *args: Any) -> torch.Tensor:
-        loan = lend(self, *args)
-        return loan.fill_(float("nan")) if loan.is_floating_point() else loan.fill_(-1)
-
-    monkeypatch.setattr(Buffers, "lend", poisoned)
-
-
-def check(loop: SegmentLoop, fast: Any, x: Any, states: list[Any], rtol: float) -> None:
-    """A call of each; outputs and state agree."""
-    with torch.no_grad():
-        if loop.carries_state:
-            expected, states[0] = loop(x, states[0])
-            got, states[1] = fast(x, states[1])
-            assert_tree_same(states[1], states[0], rtol, "returned state")
-        else:
-            expected, got = loop(x), fast(x)
-    assert_tree_same(got, expected, rtol, "output")
-    assert_state_same(fast.original, loop, rtol, "state")
-
 
 NAMES = (
     "armt",
@@ -117,7 +39,11 @@ def test_replayed_waves_compute_the_same(name: str) -> None:
     for call, length in enumerate((12 * T, 12 * T, 12 * T, 9 * T, 12 * T - 1)):
         check(loop, fast, models.inputs(name, length, seed=call), states, rtol)
     replays = fast._session.kinds.runner.replays
-    assert replays.replayed > 20, (replays.launched, replays.recorded, replays.replayed)
+    assert replays.replayed > 20 or fast._session.scores.followed, (
+        replays.launched,
+        replays.recorded,
+        replays.replayed,
+    )
 
 
 @pytest.mark.parametrize("name", ["armt", "mamba", "two_back"])

@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,10 +39,12 @@ from diagpass.report import Report
 from diagpass.rolled.check import compare, named_results, run_in_double
 from diagpass.rolled.layout import fixed_layout
 from diagpass.rolled.program import Refused
-from diagpass.rolled.run import Conflict, NotAWeight, Run
+from diagpass.rolled.run import Conflict, NotAWeight, Run, as_captured
+from diagpass.rolled.score import Changed, Following
 from diagpass.rolled.session import OutsideWrite, StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
 from diagpass.rolled.undo import Undo
+from diagpass.rolled.values import listening
 from diagpass.rolled.view import Carried, View
 from diagpass.state import Memos, Snapshot
 from diagpass.transformed import (
@@ -130,8 +132,9 @@ class TransformedLoop(Transformed):
                 if reset:
                     self._original.reset_step()
                 run = Run(self._session.kinds, self._options.max_width, dry=True)
+                run.carried = Carried(state)
                 try:
-                    for _ in self._record(run, segments, Carried(state), kwargs):
+                    for _ in self._record(run, segments, kwargs):
                         pass
                 except NotAWeight as found:
                     before.restore()
@@ -181,20 +184,32 @@ class TransformedLoop(Transformed):
         CaptureFailed, Refused, Conflict
             It has to run as it stands, from the state after the reset.
         """
-        loop = self._original
+        loop, session = self._original, self._session
         self._begin()
+        whole = call_key(loop, (segments[0], segments[-1], state), kwargs)
+        form = whole, len(segments), max_width
+        follows = True
         while True:
-            run = Run(self._session.kinds, max_width)
-            run.undo = Undo(loop.step, state, whole=not self._session.programs)
-            carried = Carried(state)
+            scores = session.scores.get(form, session.kinds) if follows else []
+            run = Following(session.kinds, scores) if scores else Run(session.kinds, max_width)
+            run.undo = Undo(loop.step, state, whole=not session.programs)
+            run.carried = carried = Carried(state)
             try:
-                outputs = [out for done in self._record(run, segments, carried, kwargs) for out in done]
-                self._check_width(run)
-                outputs += run.drain()
-                run.finish()
+                if isinstance(run, Following):
+                    joined = self._follow(run, segments, kwargs)
+                    session.scores.followed += 1
+                else:
+                    joined = self._recorded(run, segments, kwargs, form)
+            except Changed as changed:
+                log.info("a call of %d segments is recorded anew: %s", len(segments), changed)
+                run.undo.restore()
+                session.scores.drop(form, run.score if isinstance(run, Following) else None)
+                follows = False
+                continue
             except NotAWeight as found:
                 run.undo.restore()
                 self._take_for_state(found.names)
+                session = self._session
                 continue
             except OutsideWrite as refused:
                 run.undo.restore()
@@ -203,8 +218,41 @@ class TransformedLoop(Transformed):
             except BaseException:
                 run.undo.restore()
                 raise
-            joined = join(outputs, loop.dim)
             return ((joined, carried.value) if loop.carries_state else joined), run
+
+    def _recorded(self, run: Run, segments: list[Any], kwargs: dict, form: Hashable) -> Any:
+        """Record a call and run it; its outputs, joined."""
+        dim, scores = self._original.dim, self._session.scores
+        run.writer = writer = scores.writer(form, dim, run.kinds)
+        with listening(writer):
+            outputs = [out for done in self._record(run, segments, kwargs) for out in done]
+            self._check_width(run)
+            outputs += run.drain()
+            run.finish()
+        joined = join(outputs, dim)
+        if writer is not None:
+            scores.keep(form, writer.done(joined))
+        return joined
+
+    def _follow(self, run: Following, segments: list[Any], kwargs: dict) -> Any:
+        """Do what the score says, if Dynamo says that the call is the same; the outputs, joined."""
+        for segment in segments:
+            segment = tree_map(functools.partial(_fixed, own=False), segment)
+            run.begin(tree_leaves(segment))
+            if run.repeats:
+                if not run.repeat.skip(segment):
+                    raise Changed("a segment does not repeat that did")
+            else:
+                run.repeat.settle(run)
+                result = self._ask(run, segment, kwargs)
+                run.agree(result)
+                run.repeat.saw(run, segment, result, run.carried.value)
+                del result  # a result that somebody holds at the end is to be filled
+            with as_captured():
+                run.perform()
+        joined = run.result()
+        run.finish()
+        return joined
 
     def verify(self, inputs: Any, /, state: Any = None, **kwargs: Any) -> dict[str, dict[str, float]]:
         """Compare with the sequential run of this call; the step's state stays as it is.
@@ -286,6 +334,7 @@ class TransformedLoop(Transformed):
     def _stream(self, segments: Iterable[Any], carried: Carried, kwargs: dict) -> Generator[Any, None, Any]:
         loop = self._original
         run = Run(self._session.kinds, self._options.max_width)
+        run.carried = carried
         items = iter(segments)
         with self._lock:
             self._check_whole()
@@ -305,7 +354,7 @@ class TransformedLoop(Transformed):
                         plain = True
                     else:
                         try:
-                            for done in self._record(run, [segment], carried, kwargs, stream=True):  # noqa: B007
+                            for done in self._record(run, [segment], kwargs, stream=True):  # noqa: B007
                                 pass
                         except _STOPS as stopped:
                             if isinstance(stopped, NotAWeight):
@@ -340,41 +389,47 @@ class TransformedLoop(Transformed):
                 self.__dict__["_broken"] = f"a stream was abandoned or failed after {run.segments} segments"
 
     def _record(
-        self, run: Run, segments: Iterable[Any], carried: Carried, kwargs: dict, stream: bool = False
+        self, run: Run, segments: Iterable[Any], kwargs: dict, stream: bool = False
     ) -> Iterator[list[Any]]:
         """Send segments through the step; yield the outputs that are complete after each.
 
         In a stream the segments are copied, for their memory may be used for the next one, and Dynamo is
         asked about each, for others may have changed what guards ask about.
         """
-        loop = self._original
-        run.carried = carried
         for segment in segments:
             self._check_width(run)  # before: a stream that stops here runs this segment as it stands
             segment = tree_map(functools.partial(_fixed, own=stream), segment)
+            if run.writer is not None:
+                run.writer.segment(tree_leaves(segment))
             if not stream and run.repeat.record(run, segment):
                 run.fresh_captures = 0
+                if run.writer is not None:
+                    run.writer.repeated()
                 run.advance()
                 yield run.take()
                 continue
             run.repeat.settle(run)
-            args = (segment, carried.value) if loop.carries_state else (segment,)
-            run.guard_inputs(segment)
-            run.scope = {"model": loop.step, "args": args, "kwargs": kwargs}
             captures = self._session.captures
-            result = self._step(run, args, kwargs)
-            state = carried.value
-            if loop.carries_state:
-                result, state = split_result(result, loop.step)
+            result = self._ask(run, segment, kwargs)
             run.outputs(result)
-            carried.value = state
             if not stream:
-                run.repeat.saw(run, segment, result, state)
+                run.repeat.saw(run, segment, result, run.carried.value)
             fresh = self._session.captures > captures
             run.fresh_captures = run.fresh_captures + 1 if fresh else 0
             if not fresh:  # learn what comes next before anything is compiled
                 run.advance()
             yield run.take()
+
+    def _ask(self, run: Run, segment: Any, kwargs: dict) -> Any:
+        """Send a segment through the step by way of Dynamo; what it returns, with the state passed on."""
+        loop, carried = self._original, run.carried
+        args = (segment, carried.value) if loop.carries_state else (segment,)
+        run.guard_inputs(segment)
+        run.scope = {"model": loop.step, "args": args, "kwargs": kwargs}
+        result = self._step(run, args, kwargs)
+        if loop.carries_state:
+            result, carried.value = split_result(result, loop.step)
+        return result
 
     def _step(self, run: Run, args: tuple, kwargs: dict) -> Any:
         """One call of the step, recorded."""

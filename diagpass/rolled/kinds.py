@@ -71,6 +71,25 @@ class GroupPlan:
     key: tuple
 
 
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Cells, stacks and where weights lie: a wave's addresses follow from these and from the call."""
+
+    cells: list[Cell]
+    count: int
+    stacked: list[torch.Tensor]
+    pointers: list[int]
+
+    def is_same(self, other: Standing) -> bool:
+        """Whether nothing has moved in between."""
+        return (
+            self.cells is other.cells
+            and self.count == other.count
+            and self.stacked is other.stacked
+            and self.pointers == other.pointers
+        )
+
+
 class Kinds:
     """What the programs of one step have in common.
 
@@ -194,6 +213,14 @@ class Kinds:
     def numbered(self) -> tuple[dict[fx.Node, int], list[torch.Tensor]]:
         """The number of the weight behind each placeholder, and the weights."""
         return self._numbers, self._objects
+
+    def is_object(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is one of the weights."""
+        return id(tensor) in self._by_id
+
+    def standing(self) -> Standing:
+        """What the addresses in a wave depend on, beside the call."""
+        return Standing(self.cells, len(self.cells), self._stacked, [w.data_ptr() for w in self._objects])
 
     def replan(self) -> None:
         """Decide which weights are stacked; no weight is touched."""

@@ -15,6 +15,7 @@ a write is a :class:`~diagpass.rolled.run.Conflict`, and the call runs sequentia
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sys
 import weakref
@@ -29,8 +30,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import StepProgram
-from diagpass.rolled.run import Conflict, NotAWeight, Run, _as_captured, _fill
-from diagpass.rolled.values import NOW, Box, derived, union
+from diagpass.rolled.run import Conflict, NotAWeight, Run, _fill, as_captured
+from diagpass.rolled.values import Box, derived
 from diagpass.rolled.writes import memory, writes_weights, written_by
 
 __all__ = ["Outer", "OuterRun"]
@@ -300,7 +301,7 @@ class Outer:
         if any(type(leaf) not in (torch.Tensor, torch.nn.Parameter) for leaf in _tensors(leaves)):
             return None
         try:
-            with _as_captured():
+            with as_captured():
                 fakes = [
                     self._fake.from_tensor(leaf.detach(), static_shapes=True)
                     if isinstance(leaf, torch.Tensor)
@@ -326,12 +327,9 @@ class Outer:
                     self._read[id(leaf)] = leaf
         for token in tokens:
             self.run.touch(token)
-        boxes = [operand for operand in operands if isinstance(operand, Box)]
-        made = _Later(func, operands, spec)
-        ready, cells = max((box.ready for box in boxes), default=NOW), union(boxes)
+        made = derived(_later, func, spec, *operands)
         results = [
-            self.run.token(value, Box(ready=ready, compute=made.result(at), cells=cells))
-            for at, value in enumerate(outputs)
+            self.run.token(value, derived(operator.getitem, made, at)) for at, value in enumerate(outputs)
         ]
         self.run.outputs(results)
         return tree_unflatten(results, output_spec)
@@ -369,31 +367,16 @@ class Outer:
     def _write_all(self) -> None:
         writes, self._writes = self._writes, []
         self._late.clear()
-        with _as_captured():
+        with as_captured():
             for func, args, kwargs in writes:
                 func(*args, **kwargs)
 
 
-class _Later:
+def _later(func: Any, spec: Any, *values: Any) -> list[Any]:
     """A deferred operation: runs when the first of its results is read."""
-
-    __slots__ = ("func", "operands", "results", "spec")
-
-    def __init__(self, func: Any, operands: list[Any], spec: Any) -> None:
-        self.func, self.operands, self.spec = func, operands, spec
-        self.results: list[Any] | None = None
-
-    def result(self, at: int) -> Callable[[], Any]:
-        def compute() -> Any:
-            if self.results is None:
-                values = [box.tensor() if isinstance(box, Box) else box for box in self.operands]
-                args, kwargs = tree_unflatten(values, self.spec)
-                with _as_captured():
-                    self.results = tree_leaves(self.func(*args, **kwargs))
-                self.operands = []
-            return self.results[at]
-
-        return compute
+    args, kwargs = tree_unflatten(values, spec)
+    with as_captured():
+        return tree_leaves(func(*args, **kwargs))
 
 
 class _Operations(TorchDispatchMode):

@@ -113,6 +113,15 @@ class StepProgram:
         """Positions of the inputs that are not weights."""
         return tuple(at for at, is_weight in enumerate(self.step.weights) if not is_weight)
 
+    @functools.cached_property
+    def idle(self) -> frozenset[int]:
+        """Positions of inputs that are numbers and that no tensor depends on: pure counters."""
+        return frozenset(at for at in self.moving if _only_counts(self.placeholders[at]))
+
+
+def _only_counts(node: fx.Node) -> bool:
+    return is_number(node) and all(user.op == "output" or _only_counts(user) for user in node.users)
+
 
 def make_program(step: StepGraph, options: Options) -> StepProgram:
     """Cut a captured step into cells and lumps.

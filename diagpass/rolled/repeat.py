@@ -205,9 +205,7 @@ class Repeat:
             result_spec=out_spec,
             handed_out=handed_out,
             args=[None if at in fixed else value for at, value in enumerate(seen.args)],
-            results=[
-                None if at in given_away.values() else value for at, value in enumerate(seen.results)
-            ],
+            results=[None if at in given_away.values() else value for at, value in enumerate(seen.results)],
             counters=counters,
             kept=kept,
             before=[],
@@ -221,12 +219,10 @@ class Repeat:
 
         Its result goes where :meth:`~diagpass.rolled.run.Run.outputs` puts those of others.
         """
-        steady = self._steady
+        steady = self._expected(segment)
         if steady is None:
             return False
-        leaves, spec = tree_flatten(segment)
-        if spec != steady.spec or not all(map(_alike, leaves, steady.leaves)):
-            return False
+        leaves = tree_leaves(segment)
         program = steady.program
         inputs = [
             Box(leaves[origin.at]) if origin.place == "segment" else value
@@ -253,12 +249,29 @@ class Repeat:
         self.recorded += 1
         return True
 
+    def skip(self, segment: Any) -> bool:
+        """Count a segment if it is one more of the same, and record nothing; whether it was."""
+        steady = self._expected(segment)
+        if steady is None:
+            return False
+        steady.count += 1
+        self.recorded += 1
+        return True
+
+    def _expected(self, segment: Any) -> _Steady | None:
+        steady = self._steady
+        if steady is None:
+            return None
+        leaves, spec = tree_flatten(segment)
+        return steady if spec == steady.spec and all(map(_alike, leaves, steady.leaves)) else None
+
     def settle(self, run: Any) -> None:
         """Let the tokens that the step holds stand for what the last segment left, and set its counters."""
         steady, self._steady = self._steady, None
         if steady is None or not steady.count:
             return
         self._last = None
+        run.settling(steady)
         for at, reference in enumerate(steady.args):
             origin = steady.origins[at]
             written = steady.program.moving[at] in steady.program.step.written

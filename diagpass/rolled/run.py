@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import time
 import weakref
 from collections import deque
@@ -101,6 +102,7 @@ class Run:
         self.undo: Undo | View | None = None
         self.scope: dict[str, Any] = {}
         self.carried: Any = None
+        self.writer: Any = None  # told what the call does
         self.repeat = Repeat()
         self.last: tuple[StepProgram, Sequence[Any], list[Any]] | None = None
         self._waiting: deque[tuple[Any, int, list[tuple[torch.Tensor, Box]]]] = deque()
@@ -134,7 +136,12 @@ class Run:
         ]
         held = sum(args[at].nbytes for at in program.moving if id(args[at]) in self._pending)
         self.state_bytes = max(self.state_bytes, held)
-        results = self._results(program, args, self.core(program, inputs))
+        if self.writer is not None:
+            self.writer.asked(self, program, args)
+        boxes = self.core(program, inputs)
+        if self.writer is not None:
+            self.writer.returned(self, program, boxes)
+        results = self._results(program, args, boxes)
         self.last = program, args, results
         self.seconds += time.perf_counter() - begin
         return results
@@ -255,10 +262,8 @@ class Run:
                 for node, box in zip(lump.outputs, known[1], strict=True):
                     boxes[node] = box
                 return
-        made = _LumpRun(self.kinds.glue(lump.module, lump.key), inputs)
-        given = [box for box in inputs if isinstance(box, Box)]
-        ready, cells = max((box.ready for box in given), default=NOW), union(given)
-        results = [Box(ready=ready, compute=made.result(at), cells=cells) for at in range(len(lump.outputs))]
+        made = derived(_run_glue, self.kinds.glue(lump.module, lump.key), *inputs)
+        results = [derived(operator.getitem, made, at) for at in range(len(lump.outputs))]
         boxes.update(zip(lump.outputs, results, strict=True))
         if fixed:
             self._lumps[lump.key] = (now, results)
@@ -327,6 +332,20 @@ class Run:
             dtype=example.dtype,
             device=example.device,
         )
+
+    def waiting_box(self, tensor: torch.Tensor) -> Box | None:
+        """What the tensor will hold; None if it holds it by now."""
+        found = self._pending.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def is_token(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor was made by this run, with contents by now or not."""
+        return id(tensor) in self._tokens
+
+    def settling(self, steady: Any) -> None:
+        """Hear that repeated segments are over."""
+        if self.writer is not None:
+            self.writer.settled(steady.before, steady.last)
 
     def stand_in(self, node: fx.Node, box: Any) -> torch.Tensor:
         """A new tensor that will hold what ``box`` stands for."""
@@ -425,11 +444,16 @@ class Run:
                 self._tokens.add(id(leaf))
             tokens.append((leaf, box))
             ready = max(ready, box.ready)
-        self._waiting.append((tree_unflatten(leaves, spec), ready, tokens))
+        result = tree_unflatten(leaves, spec)
+        if self.writer is not None:
+            self.writer.result(self, result)
+        self._waiting.append((result, ready, tokens))
 
     def wait_for(self, value: Any, tokens: list[tuple[torch.Tensor, Box]]) -> None:
         """Say that a recorded segment's result is ``value``, which holds these tokens."""
         ready = max((box.ready for _, box in tokens), default=NOW)
+        if self.writer is not None:
+            self.writer.result(self, value, {id(token): box for token, box in tokens})
         self._waiting.append((value, ready, tokens))
 
     def steady_width(self) -> float:
@@ -457,6 +481,8 @@ class Run:
                 if self._pending.get(id(token), (None, None))[1] is box:
                     del self._pending[id(token)]
                     self._handed_out[id(token)] = self._watch(token)
+            if self.writer is not None:
+                self.writer.filled()
             found.append(value)
         return found
 
@@ -469,25 +495,29 @@ class Run:
     def finish(self) -> None:
         """Put the final state where the step keeps it."""
         self.repeat.settle(self)
-        found = []
-        for reference, box in list(self._pending.values()):
-            tensor = reference()
-            if tensor is not None and not self.dry:
-                found.append((tensor, box.tensor()))
+        self.last, self.scope = None, {}
+        kept = [(reference(), box) for reference, box in list(self._pending.values())]
+        found = [(tensor, box) for tensor, box in kept if tensor is not None and not self.dry]
+        values = [self.final(box) for _, box in found]
+        if self.writer is not None:
+            self.writer.finished(self, found)
         written = {tensor.untyped_storage().data_ptr() for tensor, _ in found}
         values = [
-            value.clone() if value.untyped_storage().data_ptr() in written else value for _, value in found
+            value.clone() if value.untyped_storage().data_ptr() in written else value for value in values
         ]
         for (tensor, _), value in zip(found, values, strict=True):
             _fill(tensor, value)
         self._pending, self._held, self._written, self._lumps = {}, {}, {}, {}
-        self.last, self.scope = None, {}
+
+    def final(self, box: Box) -> torch.Tensor:
+        """The value of a box at the end."""
+        return box.tensor()
 
     def _run_waves(self, last: int) -> None:
         if self._done < last and not self.dry and not self._fresh:
             self.kinds.refresh()
             self._fresh = True
-        with _as_captured():
+        with as_captured():
             while self._done < last:
                 self._done += 1
                 cells = self._waves.pop(self._done, [])
@@ -506,31 +536,14 @@ class Run:
             self.batched_cells += runner(self.kinds, self.max_width)(part)
 
 
-class _LumpRun:
+def _run_glue(function: Callable[..., Any], *values: Any) -> list[Any]:
     """A lump of one segment: runs when the first of its results is read."""
-
-    __slots__ = ("function", "inputs", "results")
-
-    def __init__(self, function: Callable[..., Any], inputs: list[Any]) -> None:
-        self.function, self.inputs = function, inputs
-        self.results: Any = None
-
-    def result(self, at: int) -> Callable[[], Any]:
-        """What computes the result at a position."""
-
-        def compute() -> Any:
-            if self.results is None:
-                values = [box.tensor() if isinstance(box, Box) else box for box in self.inputs]
-                with _as_captured():
-                    self.results = list(self.function(*values))
-                self.inputs = []
-            return self.results[at]
-
-        return compute
+    with as_captured():
+        return list(function(*values))
 
 
 @contextlib.contextmanager
-def _as_captured() -> Iterator[None]:
+def as_captured() -> Iterator[None]:
     """Captured operations run as they are: gradients are not recorded, and casts are in the graph already."""
     disable: Any = getattr(torch._C, "_DisableAutocast")  # noqa: B009
     with torch.no_grad(), disable():

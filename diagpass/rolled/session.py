@@ -20,6 +20,7 @@ from diagpass.rolled.capture import capture
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import Refused, StepProgram, make_program
 from diagpass.rolled.run import Run
+from diagpass.rolled.score import Scores
 from diagpass.state import Snapshot
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class StepSession:
     kinds: Kinds = dataclasses.field(init=False)
     run: Run | None = None
     carried: tuple[Any, ...] = ()
+    scores: Scores = dataclasses.field(default_factory=Scores)
 
     def __post_init__(self) -> None:
         self.kinds = Kinds(self.options)

@@ -11,7 +11,9 @@ are handed on without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +38,18 @@ class Row:
 class Box:
     """A deferred value.
 
+    Parameters
+    ----------
+    value
+        The value, if it is there already.
+    ready
+        See below.
+    call
+        A function and its arguments, which compute the value when it is read; boxes among the arguments are
+        read then.
+    cells
+        See below.
+
     Attributes
     ----------
     ready
@@ -45,19 +59,23 @@ class Box:
     parts
         For a value made of pieces along one dimension: ``(dim, [(box, start, stop, unit), ...])``, a unit
         piece lacking that dimension; else None.
+    label, register
+        For a listener: what the value is called, and where it is kept.
     """
 
-    __slots__ = ("_compute", "_value", "cells", "parts", "ready")
+    __slots__ = ("_call", "_value", "cells", "label", "parts", "ready", "register")
 
     def __init__(
         self,
         value: Any = None,
         ready: int = NOW,
-        compute: Callable[[], Any] | None = None,
+        call: tuple[Callable[..., Any], Sequence[Any]] | None = None,
         cells: frozenset[int] = _NOBODY,
     ) -> None:
-        self._value, self.ready, self._compute, self.cells = value, ready, compute, cells
+        self._value, self.ready, self._call, self.cells = value, ready, call, cells
         self.parts: tuple[int, list[tuple[Box, int, int, bool]]] | None = None
+        self.label: tuple[Hashable, ...] | None = None
+        self.register: int | None = None
 
     def put(self, value: Any) -> None:
         """What a cell does when it has run."""
@@ -66,15 +84,17 @@ class Box:
     @property
     def value(self) -> Any:
         """A tensor, a number or a :class:`Row`; computed if need be."""
-        if self._compute is not None:
-            compute, self._compute = self._compute, None
-            self._value = compute()
+        if self._call is not None:
+            (function, arguments), self._call = self._call, None
+            self._value = function(*(a.tensor() if isinstance(a, Box) else a for a in arguments))
+            if _heard.listener is not None:
+                _heard.listener.called(self, function, arguments)
         return self._value
 
     @property
     def is_plain(self) -> bool:
         """Whether the value is there and depends on no cell."""
-        return self._compute is None and self.ready == NOW
+        return self._call is None and self.ready == NOW
 
     def tensor(self) -> Any:
         """The value by itself: a row becomes a view of its stack."""
@@ -86,17 +106,33 @@ class Box:
         return value
 
 
+class _Heard(threading.local):
+    listener: Any = None
+
+
+_heard = _Heard()
+
+
+@contextlib.contextmanager
+def listening(listener: Any) -> Iterator[None]:
+    """Tell ``listener.called(box, function, arguments)`` of what is computed inside; None for nobody."""
+    before, _heard.listener = _heard.listener, listener
+    try:
+        yield
+    finally:
+        _heard.listener = before
+
+
+def listener() -> Any:
+    """Who is listening, or None."""
+    return _heard.listener
+
+
 def derived(function: Callable[..., Any], *arguments: Any) -> Box:
     """A box for ``function(*arguments)``, boxes among the arguments being read when it is computed."""
     boxes = [argument for argument in arguments if isinstance(argument, Box)]
-
-    def compute() -> Any:
-        return function(*(a.tensor() if isinstance(a, Box) else a for a in arguments))
-
     return Box(
-        ready=max((box.ready for box in boxes), default=NOW),
-        compute=compute,
-        cells=union(boxes),
+        ready=max((box.ready for box in boxes), default=NOW), call=(function, arguments), cells=union(boxes)
     )
 
 
@@ -110,22 +146,22 @@ def union(boxes: Sequence[Box]) -> frozenset[int]:
 
 def aggregate(dim: int, parts: list[tuple[Box, int, int, bool]]) -> Box:
     """A box for the pieces put together along ``dim``; readers of one piece need not wait for the rest."""
-
-    def compute() -> torch.Tensor:
-        pieces = []
-        for box, start, stop, unit in parts:
-            piece = box.tensor()
-            if unit:
-                piece = piece.unsqueeze(dim)
-            elif (start, stop) != (0, piece.shape[dim]):
-                piece = piece.narrow(dim, start, stop - start)
-            pieces.append(piece)
-        return torch.cat(pieces, dim)
-
-    boxes = [part[0] for part in parts]
-    box = Box(ready=max(b.ready for b in boxes), compute=compute, cells=union(boxes))
+    cuts = [part[1:] for part in parts]
+    box = derived(_put_together, dim, cuts, *(part[0] for part in parts))
     box.parts = (dim, parts)
     return box
+
+
+def _put_together(dim: int, cuts: Sequence[tuple[int, int, bool]], *pieces: torch.Tensor) -> torch.Tensor:
+    found = []
+    for piece, (start, stop, unit) in zip(pieces, cuts, strict=True):
+        if unit:
+            found.append(piece.unsqueeze(dim))
+        elif (start, stop) != (0, piece.shape[dim]):
+            found.append(piece.narrow(dim, start, stop - start))
+        else:
+            found.append(piece)
+    return torch.cat(found, dim)
 
 
 def read(box: Box, dim: int, start: int, stop: int, drop: bool) -> Box | None:

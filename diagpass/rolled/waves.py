@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from diagpass.ir import Kind
 from diagpass.rolled.kinds import Into, Kinds
-from diagpass.rolled.values import Box, Row, gather, parts_of, runs_of
+from diagpass.rolled.values import Box, Row, gather, listener, parts_of, runs_of
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.replay import CudaRecorder, Recorder, Replays
 
@@ -59,6 +59,9 @@ class Direct:
 
     def group(self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]) -> int:
         """Run cells of one kind; how many of them ran batched."""
+        writer = listener()
+        if writer is not None:
+            writer.stop("a group ran that was not a replay")
         literal = self.kinds.options.compiler == "inductor" and any(slot.literal for slot in kind.slots)
         operands, shared = self._operands(kind, cells, members) if len(cells) > 1 or literal else (None, ())
         form = None if operands is None else self.kinds.form(kind, len(cells), shared)
@@ -162,7 +165,8 @@ class Replayed:
 
     def __call__(self, cells: Sequence[PendingCell]) -> int:
         """Run cells that do not depend on each other; how many of them ran batched."""
-        self._follow()
+        self.follow_stream()
+        writer = listener()
         jobs: list[tuple[Job, Kind, list[PendingCell], Sequence[int]]] = []
         batched = 0
         for kind, positions, members in self.kinds.groups(tuple(cell.number for cell in cells)):
@@ -175,13 +179,15 @@ class Replayed:
                 batched += len(group) if len(group) > 1 else 0
         if jobs:
             work = WaveWork([job for job, *_ in jobs])
-            self.replays.run(work.key, work)
+            again = self.replays.run(work.key, work)
+            if writer is not None:
+                writer.launched(again)
         for job, kind, group, members in jobs:
             for result, nodes in zip(job.results, kind.outputs, strict=True):
                 _put(None, result, nodes, group, members, result.data_ptr())
         return batched
 
-    def _follow(self) -> None:
+    def follow_stream(self) -> None:
         """On another stream than last time, wait for that one: the buffers are the same."""
         if self.kinds.device.type != "cuda":
             return
@@ -229,6 +235,9 @@ class Replayed:
         settled = self.buffers.lend((1, *value.shape), value.dtype, value.device)
         settled[0].copy_(value)
         row = Row(settled, 0, 1, settled.data_ptr())
+        writer = listener()
+        if writer is not None:
+            writer.copied(box, row)
         box.put(row)
         return row
 

@@ -49,7 +49,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._sorts: dict[tuple, list[_Buffer]] = {}
-        self._addresses: set[int] = set()
+        self._memory: dict[int, torch.Tensor] = {}  # by address
         self.bytes = 0
 
     def lend(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -61,10 +61,19 @@ class Buffers:
         with torch.inference_mode(False):
             buffer = _Buffer(torch.empty(tuple(shape), dtype=dtype, device=device))
         sort.append(buffer)
-        self._addresses.add(buffer.memory.data_ptr())
+        self._memory[buffer.memory.data_ptr()] = buffer.memory
         self.bytes += buffer.memory.numel() * buffer.memory.element_size()
         return buffer.lend()
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lies in one of the buffers."""
-        return tensor.untyped_storage().data_ptr() in self._addresses
+        return tensor.untyped_storage().data_ptr() in self._memory
+
+    def at(self, address: int) -> torch.Tensor:
+        """The buffer at an address: its memory, which is not lent by this."""
+        return self._memory[address]
+
+    @property
+    def are_free(self) -> bool:
+        """Whether nothing is lent."""
+        return all(buffer.is_free for sort in self._sorts.values() for buffer in sort)

@@ -44,29 +44,31 @@ class Replays:
         self._broken = False
         self.launched = self.recorded = self.replayed = 0
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do the work, by replay if the key was met before."""
+    def run(self, key: Hashable, work: Callable[[], None]) -> Callable[[], None] | None:
+        """Do the work, by replay if the key was met before; what does it again, or None if nothing does."""
         again = self._known.get(key)
         if again is not None:
             self._known.move_to_end(key)
             self.replayed += 1
             again()
-            return
+            return again
         if self._broken or key not in self._known:
             self._known[key] = None
             if len(self._known) > MOST:
                 self._known.popitem(last=False)
             self.launched += 1
             work()
-            return
+            return None
         try:
-            self._known[key] = self._recorder.record(work)
+            again = self._known[key] = self._recorder.record(work)
             self.recorded += 1
+            return again
         except RuntimeError as error:
             self._broken = True
             log.warning("CUDA graphs are off, since a wave could not be captured: %s", error)
             self.launched += 1
             work()
+            return None
 
 
 class CudaRecorder:
