@@ -227,7 +227,7 @@ class TransformedLoop(Transformed):
         with listening(writer):
             outputs = [out for done in self._record(run, segments, kwargs) for out in done]
             self._check_width(run)
-            outputs += run.drain()
+            outputs += run.drain(final=True)
             run.finish()
         joined = join(outputs, dim)
         if writer is not None:

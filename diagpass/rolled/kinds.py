@@ -268,11 +268,15 @@ class Kinds:
         groups = []
         for run in even_runs([self._rows[cell] for cell in cells]):
             start = 0
-            full = len({self._rows[cell] for cell in self.of(cells[0])[0].cells})
+            full = self.full_width(self.of(cells[0])[0])
             for width in [len(run)] if len(run) == full else usual_widths(len(run)):
                 groups.append(run[start : start + width])
                 start += width
         return groups
+
+    def full_width(self, kind: Kind) -> int:
+        """The cells of a kind that have weights of their own: the width of its groups in the steady state."""
+        return len({self._rows[cell] for cell in kind.cells})
 
     def plan(self, kind: Kind, cells: tuple[int, ...], members: Sequence[int]) -> GroupPlan:
         """What a group reads, slot by slot."""

@@ -224,6 +224,9 @@ class Repeat:
             return False
         leaves = tree_leaves(segment)
         program = steady.program
+        if not steady.count:  # until they stand for what the last segment left, tokens hold no memory
+            for reference, _, written in _standing(steady):
+                run.stand_for(_alive(reference), Box(), written)
         inputs = [
             Box(leaves[origin.at]) if origin.place == "segment" else value
             for origin, value in zip(steady.origins, steady.entry, strict=True)
@@ -272,17 +275,24 @@ class Repeat:
             return
         self._last = None
         run.settling(steady)
-        for at, reference in enumerate(steady.args):
-            origin = steady.origins[at]
-            written = steady.program.moving[at] in steady.program.step.written
-            if reference is not None and (written or origin.place in ("result", "input")):
-                run.stand_for(_alive(reference), steady.before[at], written)
-        for at, reference in enumerate(steady.results):
-            if reference is not None and steady.program.returned[at].passed is None:
-                run.stand_for(_alive(reference), steady.last[at], False)
+        for reference, box, written in _standing(steady):
+            run.stand_for(_alive(reference), box, written)
         _put_back(run, steady)
         for owner, attribute, added in steady.counters:
             setattr(owner, attribute, getattr(owner, attribute) + added * steady.count)
+
+
+def _standing(steady: _Steady) -> list[tuple[Any, Any, bool]]:
+    """The tensors that the step keeps (weakly), what each stands for, whether it is written in place."""
+    found = []
+    for at, reference in enumerate(steady.args):
+        written = steady.program.moving[at] in steady.program.step.written
+        if reference is not None and (written or steady.origins[at].place in ("result", "input")):
+            found.append((reference, steady.before[at] if steady.before else None, written))
+    for at, reference in enumerate(steady.results):
+        if reference is not None and steady.program.returned[at].passed is None:
+            found.append((reference, steady.last[at] if steady.last else None, False))
+    return found
 
 
 def _fixed(origins: Sequence[Origin], given_away: set[int]) -> set[int]:

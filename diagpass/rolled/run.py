@@ -486,16 +486,50 @@ class Run:
             found.append(value)
         return found
 
-    def drain(self) -> list[Any]:
-        """Run all that is left; the results of the last segments."""
-        self._run_waves(max(self._waves, default=self._done))
+    def drain(self, final: bool = False) -> list[Any]:
+        """Run all that is left; the results of the last segments.
+
+        With ``final`` no segment follows: state is put where it stays as soon as it is there, so that it does
+        not hold the memory of a whole wave.
+        """
+        found: list[Any] = []
+        states: dict[int, list[int]] = {}
+        if final and not self.dry:
+            self.close()
+            for key, (_, box) in self._pending.items():
+                if key in self._tokens:
+                    states.setdefault(id(box), []).append(key)
+
+        def after(cells: Sequence[PendingCell]) -> None:
+            for cell in cells:
+                for box in cell.outputs.values():
+                    if id(box) in states:
+                        if self.writer is not None:
+                            self.writer.kept(box)
+                        self._put(states.pop(id(box)), box.tensor())
+            found.extend(self.take())
+
+        self._run_waves(max(self._waves, default=self._done), after)
         self._done = max(self._done, self._floor)
-        return self.take()
+        return found + self.take()
+
+    def _put(self, keys: Sequence[int], value: torch.Tensor) -> None:
+        """Fill tokens that stand for final state, as far as somebody still has them."""
+        tokens = [
+            token for key in keys if key in self._pending and (token := self._pending[key][0]()) is not None
+        ]
+        fill_all(tokens, [value] * len(tokens))
+        for token in tokens:
+            del self._pending[id(token)]
+
+    def close(self) -> None:
+        """No segment follows: let go of what recording another would need."""
+        self.repeat.settle(self)
+        self.last, self.scope = None, {}
 
     def finish(self) -> None:
         """Put the final state where the step keeps it."""
-        self.repeat.settle(self)
-        self.last, self.scope = None, {}
+        self.close()
         kept = [(reference(), box) for reference, box in list(self._pending.values())]
         found = [(tensor, box) for tensor, box in kept if tensor is not None and not self.dry]
         values = [self.final(box) for _, box in found]
@@ -505,15 +539,14 @@ class Run:
         values = [
             value.clone() if value.untyped_storage().data_ptr() in written else value for value in values
         ]
-        for (tensor, _), value in zip(found, values, strict=True):
-            _fill(tensor, value)
+        fill_all([tensor for tensor, _ in found], values)
         self._pending, self._held, self._written, self._lumps = {}, {}, {}, {}
 
     def final(self, box: Box) -> torch.Tensor:
         """The value of a box at the end."""
         return box.tensor()
 
-    def _run_waves(self, last: int) -> None:
+    def _run_waves(self, last: int, after: Callable[[Sequence[PendingCell]], None] | None = None) -> None:
         if self._done < last and not self.dry and not self._fresh:
             self.kinds.refresh()
             self._fresh = True
@@ -523,6 +556,8 @@ class Run:
                 cells = self._waves.pop(self._done, [])
                 if cells:
                     self._wave(cells)
+                    if after is not None:
+                        after(cells)
 
     def _wave(self, cells: list[PendingCell]) -> None:
         cells.sort(key=lambda cell: (cell.layer, cell.segment))
@@ -558,9 +593,23 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (not isinstance(a, torch.Tensor) and type(a) is type(b) and a == b)
 
 
+def fill_all(tokens: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Give tokens their contents, in few kernels."""
+    plain = [at for at, token in enumerate(tokens) if not _is_expanded(token)]
+    for at in set(range(len(tokens))).difference(plain):
+        _fill(tokens[at], values[at])
+    if plain:
+        with torch.no_grad():
+            torch._foreach_copy_([tokens[at] for at in plain], [values[at] for at in plain])
+
+
+def _is_expanded(token: torch.Tensor) -> bool:
+    return 0 in token.stride() and token.numel() > 0
+
+
 def _fill(token: torch.Tensor, value: torch.Tensor) -> None:
     with torch.no_grad():
-        if 0 in token.stride() and token.numel() > 0:
+        if _is_expanded(token):
             token.set_(restride(value, token.stride(), True))
         else:
             token.copy_(value)

@@ -117,7 +117,8 @@ class _Joined:
 class _Action:
     """``memory[target] = function(*memory[sources])``; no longer needed after it: ``dead``.
 
-    With ``copies`` the target is written to instead, with ``cut`` (dim, start, length) only that part of it.
+    With ``copies`` the target is written to instead, with ``cut`` (dim, start, length) only that part of it;
+    with ``keeps`` what stands for the state of that label.
     """
 
     function: Callable[..., Any] | None
@@ -125,6 +126,7 @@ class _Action:
     target: int = -1
     copies: bool = False
     cut: tuple[int, int, int] | None = None
+    keeps: Label | None = None
     dead: tuple[int, ...] = ()
 
 
@@ -300,6 +302,16 @@ class Writer:
         self._waiting[self._filled] = []
         self._filled += 1
 
+    def kept(self, box: Box) -> None:
+        """State that no segment will change is there."""
+        if box.label is None:
+            self.stop("state is kept that no step left")
+            return
+        try:
+            self.score.actions.append(_Action(None, (self._place(box),), keeps=box.label))
+        except _Unwritable as error:
+            self.stop(str(error))
+
     def finished(self, run: Run, kept: Sequence[tuple[torch.Tensor, Box]]) -> None:
         """The final state is in these boxes."""
         for _, box in kept:
@@ -396,7 +408,8 @@ class Following(Run):
         self._sources = _Sources()
         self._number = self._settled = self._position = self._segment = 0
         self._placeholders: dict[Label, Box] = {}
-        self._keep: list[Sequence[Any]] = []  # tensors are known by their ids
+        self._tokens_of: dict[Label, list[int]] = {}
+        self._leaves: list[Sequence[Any]] = []  # tensors are known by their ids
         self._memory: list[Any] = []
 
     @property
@@ -407,7 +420,7 @@ class Following(Run):
     def begin(self, leaves: Sequence[Any]) -> None:
         """Take a segment's leaves."""
         self._sources.segment(self._segment, leaves)
-        self._keep.append(leaves)
+        self._leaves.append(leaves)
         if self.score is not None:
             self._set_places("leaf", self._segment, leaves)
 
@@ -436,7 +449,7 @@ class Following(Run):
                 for at, item in score.joined.items():
                     made = torch.empty_strided(item.shape, item.stride, dtype=item.dtype, device=item.device)
                     self._memory[score.places["result", at]] = made
-                self._set_places("leaf", 0, self._keep[0])
+                self._set_places("leaf", 0, self._leaves[0])
                 return
         raise Changed("it begins in another way")
 
@@ -482,12 +495,16 @@ class Following(Run):
     def perform(self) -> None:
         """Do what was done after the segment that was taken, and before the next."""
         memory, stop = self._memory, self._chosen().marks[self._segment]
+        if self._segment + 1 == len(self._chosen().marks):
+            self.close()
         for action in self._chosen().actions[self._position : stop]:
             if action.copies:
                 target = memory[action.target]
                 if action.cut is not None:
                     target = target.narrow(*action.cut)
                 target.copy_(memory[action.sources[0]])
+            elif action.keeps is not None:
+                self._put(self._standing_for(action.keeps), memory[action.sources[0]])
             elif action.target < 0:
                 action.function()  # type: ignore[misc]
             else:
@@ -521,7 +538,7 @@ class Following(Run):
         super().finish()
         for name, value in self._chosen().facts.items():
             setattr(self, name, value)
-        self._memory, self._keep = [], []
+        self._memory, self._leaves = [], []
 
     def final(self, box: Box) -> torch.Tensor:
         """The value of a box at the end; see :meth:`Run.final`."""
@@ -532,6 +549,14 @@ class Following(Run):
             place, dim, start, length = found
             return self._memory[place].narrow(dim, start, length)
         return self._memory[found]
+
+    def _standing_for(self, label: Label) -> list[int]:
+        """The tokens (their keys) that stand for what has a label; asked when no segment follows."""
+        if not self._tokens_of:
+            for key, (_, box) in self._pending.items():
+                if key in self._tokens and box.label is not None:
+                    self._tokens_of.setdefault(box.label, []).append(key)
+        return self._tokens_of.get(label, [])
 
     def _placeholder(self, label: Label) -> Box:
         box = self._placeholders.get(label)

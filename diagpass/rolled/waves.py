@@ -9,6 +9,7 @@ elsewhere (the inputs of a segment, what a reset put in place) is copied to such
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from diagpass.rolled.kinds import Into, Kinds
 from diagpass.rolled.values import Box, Row, gather, listener, parts_of, runs_of
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.replay import CudaRecorder, Recorder, Replays
+from diagpass.runtime.stacks import ALIGNMENT
 
 __all__ = ["Direct", "PendingCell", "Replayed", "WaveWork", "runner"]
 
@@ -110,13 +112,17 @@ class Direct:
 
 @dataclasses.dataclass
 class Job:
-    """A group with its operands and results at addresses of their own."""
+    """A group with its operands and results at addresses of their own.
+
+    ``rows`` are the loans that the results lie in, with the first row of each.
+    """
 
     into: Into
     fixed: Sequence[Any]
     moving: list[tuple[int, list[Box], bool]]
     results: list[torch.Tensor]
     key: tuple
+    rows: list[tuple[torch.Tensor, int]]
 
     def operands(self) -> list[torch.Tensor | list[torch.Tensor]]:
         """What the group's form takes; a list of tensors is to be put together first."""
@@ -169,9 +175,13 @@ class Replayed:
         writer = listener()
         jobs: list[tuple[Job, Kind, list[PendingCell], Sequence[int]]] = []
         batched = 0
-        for kind, positions, members in self.kinds.groups(tuple(cell.number for cell in cells)):
+        groups = self.kinds.groups(tuple(cell.number for cell in cells))
+        shelf = _Shelf(self.kinds, self.buffers)
+        for kind, positions, _ in groups:
+            shelf.expect(kind, len(positions))
+        for kind, positions, members in groups:
             group = [cells[at] for at in positions]
-            job = self._job(kind, group, members)
+            job = self._job(kind, group, members, shelf)
             if job is None:
                 batched += self._direct.group(kind, group, members)
             else:
@@ -183,8 +193,8 @@ class Replayed:
             if writer is not None:
                 writer.launched(again)
         for job, kind, group, members in jobs:
-            for result, nodes in zip(job.results, kind.outputs, strict=True):
-                _put(None, result, nodes, group, members, result.data_ptr())
+            for (loan, start), nodes in zip(job.rows, kind.outputs, strict=True):
+                _put(None, loan, nodes, group, members, loan.data_ptr(), start)
         return batched
 
     def follow_stream(self) -> None:
@@ -196,7 +206,9 @@ class Replayed:
             stream.wait_stream(self._stream)
         self._stream = stream
 
-    def _job(self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]) -> Job | None:
+    def _job(
+        self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int], shelf: _Shelf
+    ) -> Job | None:
         plan = self.kinds.plan(kind, tuple(cell.number for cell in cells), members)
         key: list[Hashable] = [plan.key]
         shared = [item is not None and item[1] for item in plan.fixed]
@@ -217,9 +229,10 @@ class Replayed:
         into = self.kinds.into(kind, len(cells), tuple(shared))
         if into is None:
             return None
-        results = [self.buffers.lend(shape, dtype, device) for shape, dtype, device in into.results]
+        rows = shelf.take(kind, into)
+        results = [loan.narrow(0, start, len(cells)) for loan, start in rows]
         key += [result.data_ptr() for result in results]
-        return Job(into, plan.fixed, moving, results, (into.number, *key))
+        return Job(into, plan.fixed, moving, results, (into.number, *key), rows)
 
     def _settled(self, box: Box) -> Any:
         """The value, seen to lie where it can be read again; None if it is none that can."""
@@ -240,6 +253,36 @@ class Replayed:
             writer.copied(box, row)
         box.put(row)
         return row
+
+
+class _Shelf:
+    """Where the results of a wave's groups go: groups of one kind side by side, so that later waves read them
+    as one.
+    """
+
+    def __init__(self, kinds: Kinds, buffers: Buffers) -> None:
+        self._kinds, self._buffers = kinds, buffers
+        self._expected: dict[int, int] = {}
+        self._taken: dict[tuple, tuple[torch.Tensor, int]] = {}
+
+    def expect(self, kind: Kind, cells: int) -> None:
+        """Say that a group of a kind is to come."""
+        self._expected[kind.index] = self._expected.get(kind.index, 0) + cells
+
+    def take(self, kind: Kind, into: Into) -> list[tuple[torch.Tensor, int]]:
+        """For each result of a group a loan, and the first of the rows in it that are the group's."""
+        found = []
+        for at, ((width, *row), dtype, device) in enumerate(into.results):
+            key = (kind.index, at, dtype, *row)
+            loan, start = self._taken.get(key, (None, 0))
+            if loan is None or start + width > loan.shape[0]:
+                aligned = math.prod(row) * dtype.itemsize % ALIGNMENT == 0
+                count = self._expected[kind.index] if aligned else width
+                full = self._kinds.full_width(kind)
+                loan, start = self._buffers.lend((count, *row), dtype, device, full), 0
+            self._taken[key] = loan, start + width
+            found.append((loan, start))
+        return found
 
 
 def _place(value: Any, count: int) -> tuple:
@@ -267,10 +310,11 @@ def _put(
     cells: Sequence[PendingCell],
     members: Sequence[int],
     address: int | None = None,
+    start: int = 0,
 ) -> None:
-    """Hand a group's result to its cells: ``value`` to each, or each its row of ``stacked``."""
-    width = len(cells)
-    for row, (cell, member) in enumerate(zip(cells, members, strict=True)):
+    """Hand a group's result to its cells: ``value`` to each, or each a row of ``stacked``, from ``start``."""
+    width = stacked.shape[0] if value is None else 0
+    for row, (cell, member) in enumerate(zip(cells, members, strict=True), start):
         node = nodes[member]
         if node is not None:
             cell.outputs[node].put(Row(stacked, row, width, address) if value is None else value)

@@ -52,18 +52,25 @@ class Buffers:
         self._memory: dict[int, torch.Tensor] = {}  # by address
         self.bytes = 0
 
-    def lend(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """An uninitialised contiguous tensor; its memory is the borrower's for as long as it is looked at."""
-        sort = self._sorts.setdefault((tuple(shape), dtype, device), [])
+    def lend(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, rows: int = 0
+    ) -> torch.Tensor:
+        """An uninitialised contiguous tensor; its memory is the borrower's for as long as it is looked at.
+
+        The buffer has at least ``rows`` rows: waves of a ramp then use the memory of those of the steady
+        state.
+        """
+        whole = (max(rows, shape[0]), *shape[1:])
+        sort = self._sorts.setdefault((whole, dtype, device), [])
         for buffer in sort:
             if buffer.is_free:
-                return buffer.lend()
+                return buffer.lend().narrow(0, 0, shape[0])
         with torch.inference_mode(False):
-            buffer = _Buffer(torch.empty(tuple(shape), dtype=dtype, device=device))
+            buffer = _Buffer(torch.empty(whole, dtype=dtype, device=device))
         sort.append(buffer)
         self._memory[buffer.memory.data_ptr()] = buffer.memory
         self.bytes += buffer.memory.numel() * buffer.memory.element_size()
-        return buffer.lend()
+        return buffer.lend().narrow(0, 0, shape[0])
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lies in one of the buffers."""
