@@ -8,6 +8,7 @@ can be started anew with them as symbols.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import threading
 from collections import deque
@@ -30,7 +31,7 @@ def settings(symbols: Collection[str] = ()) -> Iterator[None]:
 
     A patch of torch's configuration leaves a context variable behind for good, so patches are used again.
     """
-    pattern = ",".join(f"{re.escape(name)}$" for name in sorted(symbols))
+    pattern = _pattern(frozenset(symbols))
     free = _free.__dict__.setdefault(pattern, [])
     patches = free.pop() if free else _patches(pattern)
     with contextlib.ExitStack() as stack:
@@ -38,6 +39,11 @@ def settings(symbols: Collection[str] = ()) -> Iterator[None]:
             stack.enter_context(patch)
         yield
     free.append(patches)
+
+
+@functools.lru_cache(maxsize=256)
+def _pattern(symbols: frozenset[str]) -> str:
+    return ",".join(f"{re.escape(name)}$" for name in sorted(symbols))
 
 
 def _patches(pattern: str) -> list[contextlib.AbstractContextManager]:
