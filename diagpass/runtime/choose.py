@@ -37,7 +37,7 @@ class Choice:
 
 
 _made: dict[Hashable, Choice] = {}
-_lock = threading.RLock()
+_lock = threading.Lock()
 
 
 def choose(key: Hashable, candidates: Candidates, device: torch.device, what: str, budget: float) -> Choice:
@@ -64,11 +64,12 @@ def choose(key: Hashable, candidates: Candidates, device: torch.device, what: st
         The same for the same key until the process ends.
     """
     key = (key, tuple(candidates), torch.get_num_threads())
-    with _lock:
-        found = _made.get(key)
-        if found is None:
-            found = _made[key] = _measure(candidates, device, what, budget)
-        return found
+    found = _made.get(key)
+    if found is None:  # no lock while candidates run: they may wait for one that is held by who waits for us
+        measured = _measure(candidates, device, what, budget)
+        with _lock:  # of two threads that measured at the same time the first decides
+            found = _made.setdefault(key, measured)
+    return found
 
 
 def layout(value: Any) -> Hashable:
