@@ -58,7 +58,7 @@ def products(form: fx.GraphModule) -> list[Product]:
     """The batched products of a form whose sizes are known, in order."""
     found = []
     for node in form.graph.nodes:
-        if node.target not in _SINGLE:
+        if node.target not in _SINGLE or any(isinstance(value, fx.Node) for value in node.kwargs.values()):
             continue
         operands: list[Any] = [s.meta.get("val") for s in node.args if isinstance(s, fx.Node)]
         values = [*operands, node.meta.get("val")]

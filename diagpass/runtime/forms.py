@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 FORM_BUDGET = 0.15  # seconds of timing for the forms of a group
 PRODUCT_BUDGET = 0.02  # and for the ways of a product
+MOST_BYTES = 2**28  # of a product's operands and result; larger ones stay batched
 HOPELESS = 1.5  # times as long for its products one by one: the single cell is not even compiled
 
 __all__ = ["Forms", "GroupForm", "is_measured"]
@@ -256,8 +257,10 @@ def _sum(choices: Sequence[Choice], way: str) -> float:
 
 
 def _measured(product: Product) -> Choice:
-    """The faster way of a product."""
+    """The faster way of a product; a very large one is not timed, since operands are made up for it."""
     values = (*product.operands, product.node.meta["val"])
+    if sum(value.numel() * value.element_size() for value in values) > MOST_BYTES:
+        return Choice("batched", {"batched": 0.0, "looped": 0.0})
     described = tuple((tuple(value.shape), value.stride(), value.dtype, value.device) for value in values)
     scale = tuple(sorted(product.node.kwargs.items()))
     with _disable_current_modes():
