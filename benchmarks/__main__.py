@@ -7,7 +7,7 @@ that was cut off goes on where it stopped. ``table`` merges any number of such f
     python -m benchmarks run --preset 1B --segment 1024 --tokens 8192,32768,131072 --out results/1B-1024.json
     python -m benchmarks table results/*.json --markdown docs/performance.md
     python -m benchmarks breakdown --preset 1B --segment 1024
-    python -m benchmarks run --preset tiny --segment 64 --tokens 4096 --device cpu --out results/cpu.json
+    python -m benchmarks run --preset cpu --segment 64 --tokens 4096 --device cpu --out results/cpu.json
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ import typer
 
 import diagpass
 from benchmarks.baselines import FullAttention, StrongestSequential, compiled_step
-from benchmarks.measure import matmul_rate, medians, peak_bytes, relative_error, seconds, synchronize
+from benchmarks.measure import (
+    matmul_rate,
+    medians,
+    milliseconds,
+    peak_bytes,
+    relative_error,
+    seconds,
+    synchronize,
+)
 from benchmarks.presets import PRESETS, Preset, flops, make_cell, make_ids, make_llama
 from benchmarks.table import as_markdown, print_rows
 
@@ -51,6 +59,8 @@ def run(
     head: Annotated[bool, typer.Option(help="With the real head, all logits")] = False,
     baselines: Annotated[str, typer.Option(help="Which baselines to run")] = "strongest,full,eager",
     budget: Annotated[float, typer.Option(help="Seconds of timing for a length")] = 5.0,
+    form: Annotated[str, typer.Option(help="The option form of diagpass.transform")] = "auto",
+    note: Annotated[str, typer.Option(help="What to say of the machine")] = "",
 ) -> None:
     """Measure one shard."""
     wanted = set(baselines.split(","))
@@ -60,6 +70,7 @@ def run(
     done = {(row["preset"], row["segment"], row["tokens"], row["head"], row["device"]) for row in rows}
     lengths = [int(part) for part in tokens.split(",")]
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    name += f", {note}" if note else ""
     lengths = [length for length in lengths if (preset, segment, length, head, name) not in done]
     if not lengths:
         return
@@ -68,7 +79,7 @@ def run(
     cell = make_cell(shape, segment, device, dtype, head)
     model_bytes = sum(p.numel() * p.element_size() for p in cell.parameters())
     loop = diagpass.SegmentLoop(cell, segment, reset="zero_mem")
-    fast = diagpass.transform(loop)
+    fast = diagpass.transform(loop, options={"form": form})
     ids = make_ids(shape, lengths[-1], device)
     cold = seconds(lambda: fast(ids), device)
     fast(ids)
@@ -79,7 +90,7 @@ def run(
     for length in lengths:
         sides = Sides(
             fast,
-            loop if "eager" in wanted and length <= 32 * segment else None,
+            loop if "eager" in wanted and length <= 64 * segment else None,
             strongest,
             step,
             "wanted" if "full" in wanted and (device == "cuda" or length <= 8192) else None,
@@ -95,6 +106,8 @@ def run(
             "device": name,
             "torch": torch.__version__,
             "ran": fast.report.ran,
+            "forms": sorted({f"{fact['width']}: {fact['form']}" for fact in fast.report.forms}),
+            "threads": torch.get_num_threads() if device == "cpu" else 0,
             **row,
             "matmul_flops": rate,
             "limit_ms": 1e3 * flops(shape, segment, length, head) / rate,
@@ -139,8 +152,9 @@ def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: bool, budget:
     for call in calls.values():
         call()
         call()
-    times = medians(calls, device, budget)
-    own = times.pop("wavefront")
+    measured = milliseconds(calls, device, budget, most=15 if device == "cuda" else 60)
+    times, best = medians(measured), {name: min(found) for name, found in measured.items()}
+    own, own_best = times.pop("wavefront"), best.pop("wavefront")
     error = None
     if sides.strongest is not None:
         error = relative_error(_logits(fast()), sides.strongest(ids))
@@ -149,6 +163,9 @@ def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: bool, budget:
         "tokens_per_s": length / own * 1e3,
         "baselines_ms": times,
         "ratios": {name: value / own for name, value in times.items()},
+        "best_ms": own_best,
+        "ratios_of_best": {name: value / own_best for name, value in best.items()},
+        "rounds": len(measured["wavefront"]),
         "peak_bytes": peak_bytes(fast, device),
         "new_length_s": new - own * 1e-3,
         "difference_to_strongest": error,

@@ -1,4 +1,4 @@
-"""Timing: medians of wall time around synchronised calls, the sides taking turns."""
+"""Timing: wall time around synchronised calls, the sides taking turns, and medians of it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def medians(
+def milliseconds(
     sides: Mapping[str, Callable[[], Any]], device: str, budget: float = 6.0, most: int = 15
-) -> dict[str, float]:
-    """Milliseconds per call of each side, median over rounds in which the sides take turns.
+) -> dict[str, list[float]]:
+    """Milliseconds of each call of each side, from rounds in which the sides take turns.
 
     Parameters
     ----------
@@ -43,10 +43,15 @@ def medians(
     begin = time.perf_counter()
     for number in range(most):
         for name, call in sides.items():
-            times[name].append(seconds(call, device))
+            times[name].append(1e3 * seconds(call, device))
         if number >= 2 and time.perf_counter() - begin > budget:
             break
-    return {name: 1e3 * statistics.median(found) for name, found in times.items()}
+    return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each side."""
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def matmul_rate(device: str, dtype: torch.dtype, duration: float = 1.0) -> float:

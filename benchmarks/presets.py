@@ -42,6 +42,7 @@ PRESETS = {
     "160M": Preset(768, 12, 12, 12, 3072),
     "1B": Preset(2048, 16, 32, 8, 8192),
     "3B": Preset(3072, 28, 24, 8, 8192),
+    "cpu": Preset(256, 8, 4, 4, 704, vocab=1000),
     "tiny": Preset(256, 8, 4, 4, 704, vocab=1000, memory_tokens=8, d_mem=16),
 }
 

@@ -28,6 +28,7 @@ from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal, RunSequentially
 from diagpass.report import Report, make_report
 from diagpass.repro import script
+from diagpass.runtime.forms import Forms
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,15 @@ class OnlyCaptured(Exception):
     """Raised in place of running a plan that was captured ahead of its first call."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one captured graph became: its program, the report, and what runs its groups."""
+
+    program: Callable[..., Any]
+    report: Report
+    forms: Forms | None
+
+
 @dataclasses.dataclass
 class Session:
     """What the plans of one transformed model have in common.
@@ -66,6 +76,7 @@ class Session:
     captures: int = 0
     plans: int = 0
     last: Report | None = None
+    last_forms: Forms | None = None
     symbols: set[str] = dataclasses.field(default_factory=set)
     hold: bool = False
     analyse_only: bool = False
@@ -91,9 +102,7 @@ class Session:
             return self._run(_PerShape(self, gm, weights))
         return self._run(self.plan(gm, inputs, weights))
 
-    def plan(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[bool]
-    ) -> tuple[Callable[..., Any], Report]:
+    def plan(self, gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[bool]) -> Plan:
         """Analyse a captured graph and make its program, sequential where it must be."""
         found: list[Analysis] = []
 
@@ -120,10 +129,10 @@ class Session:
                 raise OnlyAnalysed(stop.analysis) from None
             if self.options.schedule != "sequential":
                 self.refuse(stop.analysis.refusal)
-            return gm.forward, make_report(stop.analysis, "sequential")
+            return Plan(gm.forward, make_report(stop.analysis, "sequential"), None)
         for note in found[0].notes:
             self.warn(note)
-        return program, make_report(found[0], "wavefront")
+        return Plan(program, make_report(found[0], "wavefront"), found[0].forms)
 
     def _functionalize(
         self, gm: fx.GraphModule, inputs: Sequence[Any], lower: functional.Lower
@@ -156,21 +165,22 @@ class Session:
         """The report of the plan that ran last, with today's counts."""
         if self.last is None:
             return None
-        return dataclasses.replace(self.last, captures=self.captures, plans=self.plans)
+        forms = self.last_forms.facts(int) if self.last_forms and self.last.ran == "wavefront" else []
+        return dataclasses.replace(self.last, captures=self.captures, plans=self.plans, forms=forms)
 
-    def _run(self, made: _PerShape | tuple[Callable[..., Any], Report]) -> Callable[..., Any]:
+    def _run(self, made: _PerShape | Plan) -> Callable[..., Any]:
         """A program that says, when it runs, that it is the last one."""
 
         def run(*args: Any) -> Any:
-            program, report = made(args) if isinstance(made, _PerShape) else made
+            plan = made(args) if isinstance(made, _PerShape) else made
             if self.hold:
-                self.last = report
+                self.last, self.last_forms = plan.report, plan.forms
                 raise OnlyCaptured
             with contextlib.ExitStack() as stack:
                 for dispatch_mode in self.modes:
                     stack.enter_context(dispatch_mode)
-                result = program(*args)
-            self.last = report
+                result = plan.program(*args)
+            self.last, self.last_forms = plan.report, plan.forms
             return result
 
         return run
@@ -183,7 +193,7 @@ class _PerShape:
         self._make = functools.partial(session.plan, gm, weights=weights)
         self._made: dict[tuple, Any] = {}
 
-    def __call__(self, args: Sequence[Any]) -> tuple[Callable[..., Any], Report]:
+    def __call__(self, args: Sequence[Any]) -> Plan:
         key = tuple((arg.shape, arg.stride()) if isinstance(arg, torch.Tensor) else arg for arg in args)
         if key not in self._made:
             if len(self._made) >= MAX_SHAPES:

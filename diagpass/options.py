@@ -16,6 +16,7 @@ _CHOICES = {
     "schedule": ("auto", "wavefront", "sequential"),
     "weights": ("share", "copy"),
     "loop": ("auto", "flat", "rolled"),
+    "form": ("auto", "measured", "batched", "looped", "single"),
 }
 
 
@@ -40,6 +41,11 @@ class Options:
         How a model with a loop of its own is captured by ``transform``: ``"flat"`` captures the loop for
         its number of segments, ``"rolled"`` captures the module that runs one segment, once for any
         number; ``"auto"`` is rolled from some 256 cells on, where such a module is found.
+    form
+        How a group of cells is computed: ``"batched"`` in one graph with batched matrix products,
+        ``"looped"`` in one graph with the products cell by cell, ``"single"`` cell by cell. ``"measured"``
+        times them at the first call and keeps the fastest; ``"auto"`` does so on the CPU under Inductor and
+        is ``"batched"`` elsewhere. Pin one where two processes must give the same bits.
     max_width
         The largest number of cells in one wave, None for no limit. With 1 the cells run one by one,
         unbatched, in the order of the waves.
@@ -52,6 +58,7 @@ class Options:
     weights: str = "share"
     cells: tuple[str, ...] | None = None
     loop: str = "auto"
+    form: str = "auto"
     max_width: int | None = None
     strict: bool = False
     verify: bool = False

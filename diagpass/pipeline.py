@@ -34,6 +34,7 @@ from diagpass.lowering.emit import Emitted, emit
 from diagpass.lowering.weights import WeightPlan, plan_weights, split_groups
 from diagpass.options import Options
 from diagpass.runtime.compiled import InductorKind
+from diagpass.runtime.forms import Forms, Traced
 from diagpass.runtime.stacks import ALIGNMENT, WeightStacks
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Analysis:
     names: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
     forecast: Forecast | None = None
     repro: str | None = None
+    forms: Forms | None = None
 
     @property
     def verdict(self) -> str:
@@ -222,12 +224,16 @@ def lower(
         raise RunSequentially(analysis)
     plan, waves = _plan(gm, analysis.cells, analysis.schedule, weights)
     compiled = options.compiler == "inductor"
+    forms = Forms(options)
     with stage("batch kinds and emit"):
         emitted = emit(
             analysis.cells,
             waves,
             plan,
             wrap=InductorKind if compiled else lambda graph, name: graph,
+            wrap_group=lambda kind, width, shared, graph, stacked, name: forms.group(
+                kind, kind.index, width, shared, Traced(graph, stacked), name
+            ),
             numbers_as_tensors=compiled,
         )
     artifact("diagpass_after", lambda: emitted.module.print_readable(print_output=False))
@@ -244,7 +250,7 @@ def lower(
     unbatched = emitted.obstacles
     forecast = _forecast(gm, plan, emitted.batched_cells, unbatched, options)
     return program, dataclasses.replace(
-        analysis, schedule=waves, notes=notes, emitted=emitted, forecast=forecast
+        analysis, schedule=waves, notes=notes, emitted=emitted, forecast=forecast, forms=forms
     )
 
 

@@ -75,6 +75,10 @@ class Report:
         segment to segment), ``wave`` (results of the largest wave).
     times
         Seconds by what was measured, such as ``"sequential"`` and ``"wavefront"`` (:meth:`timed`).
+    forms
+        How groups of cells ran, where that was chosen: ``kind``, ``width`` (cells), ``form`` (``"batched"``,
+        ``"looped"`` or ``"single"``), ``products`` (batched matrix products), ``looped`` (of these, how many
+        ran cell by cell), ``seconds`` by form (empty if nothing was measured).
     planning_seconds
         What the last call spent on putting cells into waves; 0.0 where the schedule is part of the capture.
     captures, plans
@@ -109,6 +113,7 @@ class Report:
     times: dict[str, float] = dataclasses.field(default_factory=dict)
     captures: int = 0
     plans: int = 0
+    forms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     planning_seconds: float = 0.0
     code: str | None = dataclasses.field(default=None, repr=False)
     repro: str | None = dataclasses.field(default=None, repr=False)

@@ -50,7 +50,7 @@ def transform(
         Compare with the sequential run once per plan.
     options
         See :class:`diagpass.options.Options`: ``compiler``, ``schedule``, ``weights``, ``cells``,
-        ``loop``, ``max_width``.
+        ``loop``, ``form``, ``max_width``.
 
     Returns
     -------

@@ -167,8 +167,8 @@ def run_sequential(model: nn.Module, inputs: tuple[Any, ...], **kwargs: Any) -> 
 
 
 def forced(**options: Any) -> dict[str, Any]:
-    """Options of an equality test: the wavefront whatever the speed, nothing compiled."""
-    return {"compiler": "eager", "schedule": "wavefront", **options}
+    """Options of an equality test: the wavefront whatever the speed, nothing compiled, nothing timed."""
+    return {"compiler": "eager", "schedule": "wavefront", "form": "batched", **options}
 
 
 def fast_copy(model: nn.Module, **options: Any) -> nn.Module:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_html", "as_rich", "as_text", "sections"]
 
-MOST_KINDS = 12  # more are counted, not listed
+MOST_KINDS = MOST_FORMS = 12  # more are counted, not listed
 
 
 def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
@@ -49,6 +49,8 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
         yield "refused", [_refusal(each) for each in r.refusals]
     if r.cells:
         yield "memory", [_memory(r)]
+    if r.forms:
+        yield "forms", list(_forms(r.forms))
     if r.times:
         yield "times", list(_times(r))
     if r.ran is not None:
@@ -75,6 +77,19 @@ def _times(r: Any) -> Iterator[str]:
     for name, seconds in r.times.items():
         rate = f", {work(flops / seconds)}/s" if seconds and flops else ""
         yield f"{name} {1e3 * seconds:,.2f} ms{rate}"
+
+
+def _forms(forms: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"how groups of cells ran, {count(len(forms), 'choice')}"
+    for form in forms[:MOST_FORMS]:
+        times = ", ".join(f"{name} {1e3 * seconds:,.3f} ms" for name, seconds in form["seconds"].items())
+        looped = f", {form['looped']} of {count(form['products'], 'product')} cell by cell"
+        yield (
+            f"{letter(form['kind'])}, {count(form['width'], 'cell')}: {form['form']}"
+            f"{looped if form['looped'] else ''}{f' (measured: {times})' if times else ''}"
+        )
+    if len(forms) > MOST_FORMS:
+        yield f"and {len(forms) - MOST_FORMS} more"
 
 
 def _kinds(kinds: list[dict[str, Any]]) -> Iterator[str]:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 Wrap = Callable[[fx.GraphModule, str], torch.nn.Module]
+WrapGroup = Callable[[Kind, int, tuple[bool, ...], fx.GraphModule, tuple[bool, ...], str], torch.nn.Module]
 
 
 def restride(value: Any, stride: Sequence[int], fresh: bool) -> Any:
@@ -74,8 +75,15 @@ class Emitted:
 
 
 class _Emitter:
-    def __init__(self, cells: CellGraph, weights: WeightPlan, wrap: Wrap, literal_batched: bool) -> None:
-        self.cells, self.weights, self.wrap = cells, weights, wrap
+    def __init__(
+        self,
+        cells: CellGraph,
+        weights: WeightPlan,
+        wrap: Wrap,
+        wrap_group: WrapGroup,
+        literal_batched: bool,
+    ) -> None:
+        self.cells, self.weights, self.wrap, self.wrap_group = cells, weights, wrap, wrap_group
         self.literal_batched = literal_batched
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
@@ -178,7 +186,8 @@ class _Emitter:
                 self.forms[key] = None
             else:
                 name = self._name(kind, width, shared)
-                self.root.add_module(name, self.wrap(traced, name))
+                made = self.wrap_group(kind, width, shared, traced, stacked, name)
+                self.root.add_module(name, made)
                 self.forms[key] = stacked
         return self.forms[key]
 
@@ -325,6 +334,7 @@ def emit(
     schedule: Schedule,
     weights: WeightPlan,
     wrap: Wrap,
+    wrap_group: WrapGroup,
     numbers_as_tensors: bool = False,
 ) -> Emitted:
     """Build the wavefront graph.
@@ -334,11 +344,14 @@ def emit(
     cells, schedule, weights
         What runs, in which order, and where weights come from.
     wrap
-        Makes the submodule that runs a kind's graph (compiled or not) from the graph and its name.
+        Makes the submodule that runs one cell (compiled or not) from its kind's graph and its name.
+    wrap_group
+        Makes the submodule that runs a group from its kind, width, which operands are shared, the batched
+        graph, which of its results are stacked, and its name.
     numbers_as_tensors
         Whether numbers that differ by layer are tensors in single cells too (one compilation then
         serves all layers).
     """
-    emitted = _Emitter(cells, weights, wrap, numbers_as_tensors).run(schedule)
+    emitted = _Emitter(cells, weights, wrap, wrap_group, numbers_as_tensors).run(schedule)
     log.debug("emitted %d nodes, %d cells batched", len(emitted.module.graph.nodes), emitted.batched_cells)
     return emitted

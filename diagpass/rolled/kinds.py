@@ -19,12 +19,12 @@ from diagpass.analysis.kinds import find_kinds, signature
 from diagpass.errors import BatchingError
 from diagpass.ir import Cell, Kind
 from diagpass.lowering.batch import batch_kind, device_of
-from diagpass.lowering.inplace import write_results
 from diagpass.lowering.weights import WeightPlan, even_runs, plan_weights
 from diagpass.options import Options
 from diagpass.rolled.program import StepProgram
 from diagpass.rolled.values import Box
 from diagpass.runtime.compiled import InductorKind
+from diagpass.runtime.forms import Forms, Traced
 from diagpass.runtime.stacks import WeightStacks
 
 log = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ class Kinds:
         self._key_numbers: dict[tuple, int] = {}
         self._traced: dict[tuple, tuple[fx.GraphModule, tuple[bool, ...]] | None] = {}
         self._forms: dict[tuple, Form | None] = {}
+        self._made = Forms(options)
         self._into: dict[tuple, Into | None] = {}
         self._groups: dict[tuple[int, ...], list[tuple[Kind, list[int], list[int]]]] = {}
         self._plans: dict[tuple, GroupPlan] = {}
@@ -341,7 +342,7 @@ class Kinds:
         if key not in self._forms:
             traced = self._trace(kind, width, shared, key)
             self._forms[key] = traced and (
-                self._wrap(traced[0], f"kind{kind.index}_w{width}", key),
+                self._made.group(kind, key[0], width, shared, Traced(*traced), f"kind{kind.index}_w{width}"),
                 traced[1],
             )
         return self._forms[key]
@@ -356,10 +357,15 @@ class Kinds:
             self._into[key] = None
             traced = self._trace(kind, width, shared, key[:-1])
             if traced is not None and all(traced[1]):
-                graph, results = write_results(traced[0])
-                run = self._wrap(graph, f"kind{kind.index}_w{width}", key)
+                name = f"kind{kind.index}_w{width}"
+                run, results = self._made.into(kind, key[0], width, shared, Traced(*traced), name)
                 self._into[key] = Into(len(self._into), run, results)
         return self._into[key]
+
+    def form_facts(self) -> list[dict[str, Any]]:
+        """Which forms groups ran in, for a report; those of kinds that are gone are left out."""
+        index = {number: kind for kind, number in reversed(self._keys.items())}
+        return [fact for fact in self._made.facts(lambda key: index.get(key, -1)) if fact["kind"] >= 0]
 
     def _trace(
         self, kind: Kind, width: int, shared: tuple[bool, ...], key: tuple

@@ -125,6 +125,7 @@ def rolled_report(run: Run | None, session: Any, refusal: Refusal | None, ran: s
         },
         captures=session.captures,
         plans=plans,
+        forms=[] if run.dry else kinds.form_facts(),
         planning_seconds=run.seconds,
         grid=grid,
         edges=edges,

@@ -1,0 +1,273 @@
+"""What runs a group of cells: one of several forms, as the option ``form`` says or a measurement shows.
+
+``batched``
+    The group in one graph, its matrix products as batched products of the stacked weights; where the choice
+    is measured, those products that are faster one by one run so.
+``looped``
+    The same graph, all matrix products one by one.
+``single``
+    The graph of one cell, once for each, writing rows of the stacked results: on the CPU a large cell fills
+    the machine, and what it computes on the way stays in the cache.
+
+All forms take the same operands and give the same results but for rounding, so that whoever runs groups need
+not know which it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from diagpass.errors import BatchingError
+from diagpass.ir import Kind
+from diagpass.lowering.batch import batch_kind, device_of
+from diagpass.lowering.inplace import Result, write_results
+from diagpass.lowering.products import Product, products, with_loops
+from diagpass.options import Options
+from diagpass.runtime.choose import Choice, choose, layout
+from diagpass.runtime.compiled import InductorKind
+
+log = logging.getLogger(__name__)
+
+FORM_BUDGET = 0.15  # seconds of timing for the forms of a group
+PRODUCT_BUDGET = 0.02  # and for the ways of a product
+MOST_BYTES = 2**28  # of a product's operands and result; larger ones stay batched
+HOPELESS = 1.5  # times as long for its products one by one: the single cell is not even compiled
+
+__all__ = ["Forms", "GroupForm", "is_measured"]
+
+
+def is_measured(options: Options, device: torch.device) -> bool:
+    """Whether forms are timed: where a compiled batched form is not always the fastest, or on request."""
+    by_default = options.compiler == "inductor" and device.type == "cpu"
+    return options.form == "measured" or (options.form == "auto" and by_default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A batched form as it was traced, and per result whether it is stacked."""
+
+    graph: fx.GraphModule
+    stacked: tuple[bool, ...]
+
+
+class GroupForm(torch.nn.Module):
+    """Runs groups of one kind and width; which form does it is settled at the first call.
+
+    Attributes
+    ----------
+    kind, width
+        The kind (as its owner numbers it) and the number of cells.
+    choice
+        What was chosen and the times, None before the first call.
+    looped, count
+        How many of the batched form's matrix products run one by one, and how many there are.
+    """
+
+    def __init__(self, kind: Hashable, width: int, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.kind, self.width, self.name, self.device = kind, width, name, device
+        self.choice: Choice | None = None
+        self.looped = self.count = 0
+        self.key: Hashable = None
+        self.candidates: dict[str, Callable[..., Any]] = {}
+        self._run: Callable[..., Any] | None = None
+
+    def forward(self, *operands: Any) -> Any:
+        """Run a group; operands and results as those of the batched form."""
+        if self._run is None:
+            self._settle(operands)
+        run: Any = self._run
+        return run(*operands)
+
+    def _settle(self, operands: tuple) -> None:
+        calls = {name: functools.partial(run, *operands) for name, run in self.candidates.items()}
+        key = (self.key, tuple(map(layout, operands)))
+        self.choice = choose(key, calls, self.device, f"{self.name}, {self.width} cells", FORM_BUDGET)
+        self._run = self.candidates[self.choice.name]
+        self.candidates = {}
+
+    def facts(self, kind: int) -> dict[str, Any]:
+        """What a report says about it."""
+        assert self.choice is not None
+        return {
+            "kind": kind,
+            "width": self.width,
+            "form": self.choice.name,
+            "products": self.count,
+            "looped": self.looped if self.choice.name != "single" else 0,
+            "seconds": dict(self.choice.seconds),
+        }
+
+
+class Forms:
+    """Makes what runs groups, for one set of options.
+
+    Attributes
+    ----------
+    made
+        Everything for which there is something to say.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.made: list[GroupForm] = []
+        self._singles: dict[Hashable, _Single | None] = {}
+
+    def group(
+        self, kind: Kind, key: Hashable, width: int, shared: tuple[bool, ...], traced: Traced, name: str
+    ) -> torch.nn.Module:
+        """What runs a group and returns its results.
+
+        Parameters
+        ----------
+        kind, key
+            The kind, and what tells it from others.
+        width, shared, traced
+            The number of cells, which operands they share, and the batched form.
+        name
+            What messages call it.
+        """
+        return self._make(kind, key, width, shared, traced, name, given=False)
+
+    def into(
+        self, kind: Kind, key: Hashable, width: int, shared: tuple[bool, ...], traced: Traced, name: str
+    ) -> tuple[torch.nn.Module, tuple[Result, ...]]:
+        """What runs a group and writes its results (all stacked) to tensors given after the operands."""
+        results = write_results(traced.graph)[1]
+        return self._make(kind, key, width, shared, traced, name, given=True), results
+
+    def _make(
+        self,
+        kind: Kind,
+        key: Hashable,
+        width: int,
+        shared: tuple[bool, ...],
+        traced: Traced,
+        name: str,
+        given: bool,
+    ) -> torch.nn.Module:
+        device = device_of(kind)
+        measured = is_measured(self.options, device)
+        if width == 1 or (self.options.form in ("auto", "batched") and not measured):
+            return self._compiled(traced.graph, name, given)
+        form = GroupForm(key, width, name, device)
+        found = products(traced.graph)
+        form.count = len(found)
+        alone = self.options.form == "single"
+        looped = [each.node for each in found] if self.options.form == "looped" else []
+        if measured:
+            choices = [_measured(each) for each in found]
+            looped = [each.node for each, ways in zip(found, choices, strict=True) if ways.name == "looped"]
+            alone = _sum(choices, "looped") <= HOPELESS * _sum(choices, "batched")
+        form.looped = len(looped)
+        single = self._single(kind, key, traced) if alone else None
+        if single is None or measured:
+            graph = with_loops(traced.graph, looped)
+            whole = "looped" if self.options.form == "looped" else "batched"
+            form.candidates[whole] = self._compiled(graph, name, given)
+        if single is not None:
+            form.candidates["single"] = _OneByOne(single, shared, width, given)
+        form.key = (traced.graph.code, shared, len(looped), self.options.compiler, given)
+        self.made.append(form)
+        return form
+
+    def _single(self, kind: Kind, key: Hashable, traced: Traced) -> _Single | None:
+        """The graph of one cell, which writes its results; None if the kind has none."""
+        if not all(traced.stacked):
+            return None
+        if key not in self._singles:
+            self._singles[key] = None
+            numbers = tuple(slot.literal for slot in kind.slots)
+            try:
+                graph, stacked = batch_kind(kind, 1, [not is_number for is_number in numbers])
+            except BatchingError as error:
+                log.debug("kind %d has no form for a single cell: %s", kind.index, error)
+                return None
+            graph, results = write_results(with_loops(graph, [each.node for each in products(graph)]))
+            run = self._wrap(graph, f"kind{kind.index}_single")
+            self._singles[key] = _Single(run, numbers, stacked, results)
+        return self._singles[key]
+
+    def _compiled(self, graph: fx.GraphModule, name: str, given: bool) -> torch.nn.Module:
+        return self._wrap(write_results(graph)[0] if given else graph, name)
+
+    def _wrap(self, graph: fx.GraphModule, name: str) -> torch.nn.Module:
+        return InductorKind(graph, name) if self.options.compiler == "inductor" else graph
+
+    def facts(self, number: Callable[[Any], int]) -> list[dict[str, Any]]:
+        """What a report says about the forms that were settled; ``number`` gives a kind's place in it."""
+        settled = [form.facts(number(form.kind)) for form in self.made if form.choice is not None]
+        return sorted(settled, key=lambda fact: (fact["kind"], fact["width"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Single:
+    """What runs one cell: takes its operands, then memory for each result.
+
+    A number that differs from cell to cell, and a result that depends on one, has an axis of length 1 first.
+    """
+
+    run: Callable[..., Any]
+    numbers: tuple[bool, ...]
+    stacked: tuple[bool, ...]
+    results: tuple[Result, ...]
+
+
+class _OneByOne(torch.nn.Module):
+    """A group's cells one after the other; ``given``: the results' memory comes after the operands."""
+
+    def __init__(self, single: _Single, shared: Sequence[bool], width: int, given: bool) -> None:
+        super().__init__()
+        self.single, self.shared, self.width, self.given = single, shared, width, given
+
+    def forward(self, *operands: Any) -> tuple:
+        single, count = self.single, len(self.shared)
+        targets = operands[count:] if self.given else self._empty()
+        columns = [
+            [operand] * self.width if same else _rows(operand, is_number)
+            for operand, same, is_number in zip(operands[:count], self.shared, single.numbers, strict=True)
+        ]
+        columns += [_rows(target, axis) for target, axis in zip(targets, single.stacked, strict=True)]
+        for row in zip(*columns, strict=True):
+            single.run(*row)
+        return () if self.given else tuple(targets)
+
+    def _empty(self) -> list[torch.Tensor]:
+        return [
+            torch.empty((self.width, *shape[axis:]), dtype=dtype, device=device)
+            for (shape, dtype, device), axis in zip(self.single.results, self.single.stacked, strict=True)
+        ]
+
+
+def _rows(stacked: torch.Tensor, axis: bool) -> Sequence[torch.Tensor]:
+    """The rows of a stack, with an axis of length 1 in front if ``axis``."""
+    return stacked.split(1) if axis else stacked.unbind(0)
+
+
+def _sum(choices: Sequence[Choice], way: str) -> float:
+    return sum(choice.seconds[way] for choice in choices)
+
+
+def _measured(product: Product) -> Choice:
+    """The faster way of a product; a very large one is not timed, since operands are made up for it."""
+    values = (*product.operands, product.node.meta["val"])
+    if sum(value.numel() * value.element_size() for value in values) > MOST_BYTES:
+        return Choice("batched", {"batched": 0.0, "looped": 0.0})
+    described = tuple((tuple(value.shape), value.stride(), value.dtype, value.device) for value in values)
+    scale = tuple(sorted(product.node.kwargs.items()))
+    with _disable_current_modes():
+        return choose(
+            (str(product.node.target), described, scale),
+            product.ways(),
+            values[-1].device,
+            f"{product.node.target} {' x '.join(str(tuple(v.shape)) for v in product.operands)}",
+            PRODUCT_BUDGET,
+        )
