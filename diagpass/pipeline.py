@@ -33,8 +33,10 @@ from diagpass.logs import artifact
 from diagpass.lowering.emit import Emitted, emit
 from diagpass.lowering.weights import WeightPlan, plan_weights, split_groups
 from diagpass.options import Options
+from diagpass.runtime.clock import current
 from diagpass.runtime.compiled import InductorKind
 from diagpass.runtime.stacks import ALIGNMENT, WeightStacks
+from diagpass.runtime.timed import TimedWaves
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -237,8 +239,13 @@ def lower(
         share=options.weights == "share",
     )
 
+    found = analysis.cells
+
     def program(*args: Any) -> Any:
-        return emitted.module(*args, *stacks(args))
+        clock = current()
+        if clock is None:
+            return emitted.module(*args, *stacks(args))
+        return TimedWaves(emitted.module, found.cells, clock).run(*args, *stacks(args))
 
     notes = (*analysis.notes, *emitted.notes)
     unbatched = emitted.obstacles

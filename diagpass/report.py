@@ -75,6 +75,12 @@ class Report:
         segment to segment), ``wave`` (results of the largest wave).
     times
         Seconds by what was measured, such as ``"sequential"`` and ``"wavefront"`` (:meth:`timed`).
+    measured
+        None, or what :meth:`Transformed.measure <diagpass.transform.Transformed.measure>` found: ``device``,
+        ``clock`` (``"wall"`` or ``"events"``), ``seconds`` of the call that was watched, its ``flops``,
+        ``matmul_rate`` (FLOPs a second of large products of ``matmul_dtype`` on this machine), ``fraction``
+        of that rate, ``widths`` (per wave width ``waves``, ``median_seconds``, ``fraction``) and ``waves`` in
+        the order in which they ran (``begin``, ``end``, ``host``, ``groups``; seconds since the call began).
     planning_seconds
         What the last call spent on putting cells into waves; 0.0 where the schedule is part of the capture.
     captures, plans
@@ -107,6 +113,7 @@ class Report:
     advice: list[str] = dataclasses.field(default_factory=list)
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     times: dict[str, float] = dataclasses.field(default_factory=dict)
+    measured: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
     captures: int = 0
     plans: int = 0
     planning_seconds: float = 0.0

@@ -29,6 +29,7 @@ from diagpass.capture import dynamo
 from diagpass.describe.places import line_of, module_at
 from diagpass.errors import CaptureError, DiagpassError, VerificationError
 from diagpass.ir import Schedule
+from diagpass.measured import measure
 from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal
 from diagpass.report import Report, make_report
@@ -194,6 +195,32 @@ class Transformed(nn.Module):
                 self._session.hold = False
                 before.restore()
         return self.report
+
+    def measure(self, *args: Any, **kwargs: Any) -> Report:
+        """Time a call wave by wave, and against the model as it stands; the state stays as it is.
+
+        The call is made some times without a clock until all is compiled, some times for the totals in turns
+        with the model as it stands, and once under a clock: the wall clock on the CPU, events on CUDA. Other
+        calls are not slowed by this. No gradients are recorded.
+
+        Parameters
+        ----------
+        args, kwargs
+            The inputs of the call.
+
+        Returns
+        -------
+        Report
+            With ``times`` (medians of ``"sequential"`` and ``"wavefront"``) and ``measured``; for a call that
+            runs sequentially with ``times["sequential"]`` alone. ``diagpass.pictures.write_trace`` draws it.
+
+        Raises
+        ------
+        DiagpassError
+            ``DIAGPASS_DISABLE`` is set, or the options are strict and the call is refused.
+        """
+        with self._lock:
+            return measure(self, args, kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""

@@ -108,6 +108,16 @@ def test_explain_says_what_will_happen_and_draws_it(folder: Path) -> None:
     assert last == 5 * min(event["dur"] for event in events if event["ph"] == "X")
 
 
+def test_explain_can_run_it_and_trace_the_run(folder: Path) -> None:
+    result = run("explain", "cli_models:good", "--run", "--compiler", "eager", "--trace", "t.json")
+    assert "measured: one call on cpu by the wall clock" in result.stdout
+    assert "of it in 6 waves" in result.stdout and "width 3: 2 waves, median" in result.stdout
+    assert "run and measurement" in result.stderr
+    events = json.loads((folder / "t.json").read_text())["traceEvents"]
+    waves = [event for event in events if event["pid"] == 3 and event.get("cat") == "wave"]
+    assert [event["args"]["width"] for event in waves] == [1, 2, 3, 3, 2, 1]
+
+
 def test_explain_as_json_is_nothing_but_json(folder: Path) -> None:
     result = run("explain", "cli_models:good", "--json")
     told = json.loads(result.stdout)

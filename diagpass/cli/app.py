@@ -100,25 +100,35 @@ def _out(value: Any) -> None:
 
 
 @app.command(
-    epilog="Example: [bold]diagpass explain examples.armt:build --plot grid.png --trace waves.json[/]",
+    epilog="Examples: [bold]diagpass explain examples.armt:build --plot grid.png --trace waves.json[/]\n\n"
+    "[bold]diagpass explain examples.armt:build --run --trace run.json[/]",
 )
 def explain(
     target: Target,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the layer x segment grid to this PNG.")] = None,
     gantt: Annotated[Path | None, typer.Option(help="Draw the schedule to this PNG.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Write the schedule as a Chrome trace.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the schedule, and with --run the run, as a Chrome trace.")
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also run it, and say how long each width of wave took.")
+    ] = False,
+    compiler: Compiler = "inductor",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 if the verdict is sequential.")
     ] = False,
     debug: Debug = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what would be done with a model, and why; nothing is compiled."""
+    """Say what would be done with a model, and why; nothing is compiled without --run."""
     with _readable(debug):
         with Progress("capture and analysis", silent=quiet):
             model, inputs = load(target)
             report = _explained(model, inputs)
+        if run:
+            with Progress("run and measurement", silent=quiet):
+                report = diagpass.transform(model, options={"compiler": compiler}).measure(*inputs)
         if plot is not None or gantt is not None:
             from diagpass.pictures import plot_gantt, plot_grid
 

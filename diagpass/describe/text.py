@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_html", "as_rich", "as_text", "sections"]
 
+MOST_WIDTHS = 6
 MOST_KINDS = 12  # more are counted, not listed
 
 
@@ -51,6 +52,8 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
         yield "memory", [_memory(r)]
     if r.times:
         yield "times", list(_times(r))
+    if r.measured is not None:
+        yield "measured", list(_measured(r.measured))
     if r.ran is not None:
         yield (
             "ran",
@@ -75,6 +78,34 @@ def _times(r: Any) -> Iterator[str]:
     for name, seconds in r.times.items():
         rate = f", {work(flops / seconds)}/s" if seconds and flops else ""
         yield f"{name} {1e3 * seconds:,.2f} ms{rate}"
+    sequential, wavefront = r.times.get("sequential"), r.times.get("wavefront")
+    if sequential and wavefront:
+        yield f"sequential / wavefront: x{sequential / wavefront:.2f} (above 1 the wavefront is faster)"
+
+
+def _measured(found: dict[str, Any]) -> Iterator[str]:
+    clock = "events" if found["clock"] == "events" else "the wall clock"
+    waves = found["waves"]
+    inside = sum(wave["end"] - wave["begin"] for wave in waves)
+    rest = max(found["seconds"] - inside, 0.0)
+    yield (
+        f"one call on {found['device']} by {clock}: {1e3 * found['seconds']:,.2f} ms, "
+        f"{1e3 * inside:,.2f} ms of it in {count(len(waves), 'wave')}, {1e3 * rest:,.2f} ms around them"
+    )
+    if found["matmul_rate"] and found["fraction"] is not None:
+        yield (
+            f"{100 * found['fraction']:.3g} % of the {work(found['matmul_rate'])}/s that large "
+            f"{found['matmul_dtype']} matrix products sustain here"
+        )
+    shown = sorted(found["widths"], key=lambda each: -each["waves"] * each["median_seconds"])[:MOST_WIDTHS]
+    for each in sorted(shown, key=lambda each: each["width"]):
+        rate = "" if each["fraction"] is None else f", {100 * each['fraction']:.3g} % of that rate"
+        yield (
+            f"width {each['width']}: {count(each['waves'], 'wave')}, median "
+            f"{1e3 * each['median_seconds']:,.3f} ms{rate}"
+        )
+    if len(found["widths"]) > len(shown):
+        yield f"and {count(len(found['widths']) - len(shown), 'width')} more that take less"
 
 
 def _kinds(kinds: list[dict[str, Any]]) -> Iterator[str]:

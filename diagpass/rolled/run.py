@@ -35,6 +35,7 @@ from diagpass.rolled.undo import Undo
 from diagpass.rolled.values import NOW, Box, aggregate, derived, read, union
 from diagpass.rolled.view import View
 from diagpass.rolled.waves import PendingCell, runner
+from diagpass.runtime.clock import clock_of_wave
 
 log = logging.getLogger(__name__)
 
@@ -497,7 +498,8 @@ class Run:
             self.widest = max(self.widest, len(part))
             if self.dry:
                 continue
-            self.batched_cells += runner(self.kinds, self.max_width)(part)
+            with clock_of_wave():
+                self.batched_cells += runner(self.kinds, self.max_width)(part)
 
 
 class _LumpRun:
