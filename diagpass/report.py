@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -88,7 +89,7 @@ class Report:
     code
         The emitted graph as Python text, or None.
     repro
-        What :meth:`save_repro` writes, or None.
+        What :meth:`save_repro` writes, or what makes it when it is asked for, or None.
     grid, edges, schedule
         See :meth:`to_dict`.
     """
@@ -118,7 +119,7 @@ class Report:
     plans: int = 0
     planning_seconds: float = 0.0
     code: str | None = dataclasses.field(default=None, repr=False)
-    repro: str | None = dataclasses.field(default=None, repr=False)
+    repro: str | Callable[[], str] | None = dataclasses.field(default=None, repr=False)
     grid: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
     edges: list[list[int]] = dataclasses.field(default_factory=list, repr=False)
     schedule: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list, repr=False)
@@ -147,19 +148,31 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent)
 
     def save_repro(self, path: str | PathLike[str]) -> None:
-        """Write a script for a bug report: the graph, random inputs, the report and a comparison.
+        """Write a script for a bug report: it prints the report, runs both ways and compares.
+
+        It holds the captured graph, so that it runs anywhere, if the model is captured as one; the reports
+        of ``explain`` hold else the model and its inputs without the contents of tensors, so that it runs
+        where the model's classes can be imported. Values are drawn at random.
 
         Raises
         ------
         DiagpassError
-            There is no graph to write: the model was not captured, or not as one graph of fixed sizes.
+            There is neither (the report of a call that was not captured as one graph: ask ``explain``), or
+            the model cannot be pickled.
         """
         if self.repro is None:
             raise DiagpassError(
-                "this report has no graph to save: the model was not captured, has symbolic sizes, or is a "
-                "SegmentLoop; save the report of a call that unrolls the loop, or send report.to_json()"
+                "this report has no graph to save, since the call was not captured as one graph of fixed "
+                "sizes; use diagpass.explain(model, *inputs).save_repro(path), which saves the model instead"
             )
-        Path(path).write_text(self.repro, "utf-8")
+        try:
+            text = self.repro if isinstance(self.repro, str) else self.repro()
+        except ValueError as error:
+            raise DiagpassError(
+                f"the model cannot be written into a script: {error}; a bug report needs the model's code "
+                "and report.to_json()"
+            ) from error
+        Path(path).write_text(text, "utf-8")
 
     def estimate(
         self, flops_per_second: float, bytes_per_second: float, start_seconds: float = 0.0

@@ -100,8 +100,8 @@ def _out(value: Any) -> None:
 
 
 @app.command(
-    epilog="Examples: [bold]diagpass explain examples.armt:build --plot grid.png --trace waves.json[/]\n\n"
-    "[bold]diagpass explain examples.armt:build --run --trace run.json[/]",
+    epilog="Example: [bold]diagpass explain examples.armt:build --plot grid.png --trace waves.json[/]\n\n"
+    "Example: [bold]diagpass explain examples.armt:build --run --trace run.json[/]",
 )
 def explain(
     target: Target,
@@ -110,6 +110,9 @@ def explain(
     gantt: Annotated[Path | None, typer.Option(help="Draw the schedule to this PNG.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write the schedule, and with --run the run, as a Chrome trace.")
+    ] = None,
+    repro: Annotated[
+        Path | None, typer.Option(help="Write a script for a bug report, which runs by itself.")
     ] = None,
     run: Annotated[
         bool, typer.Option("--run", help="Also run it, and say how long each width of wave took.")
@@ -126,6 +129,8 @@ def explain(
         with Progress("capture and analysis", silent=quiet):
             model, inputs = load(target)
             report = _explained(model, inputs)
+        if repro is not None:
+            report.save_repro(repro)
         if run:
             with Progress("run and measurement", silent=quiet):
                 report = diagpass.transform(model, options={"compiler": compiler}).measure(*inputs)
@@ -144,7 +149,8 @@ def explain(
             sys.stdout.write(report.to_json() + "\n")
         else:
             _out(report)
-            for what, path in (("grid", plot), ("schedule", gantt), ("trace", trace)):
+            written = (("grid", plot), ("schedule", gantt), ("trace", trace), ("script", repro))
+            for what, path in written:
                 if path is not None:
                     _out(Text(f"{what}: {path}"))
         if strict and report.verdict == "sequential":
