@@ -27,6 +27,7 @@
 True
 """
 
+from diagpass.describe.progress import Progress
 from diagpass.errors import (
     BatchingError,
     CaptureError,
@@ -50,6 +51,7 @@ __all__ = [
     "DiagpassError",
     "DiagpassWarning",
     "OptionError",
+    "Progress",
     "Report",
     "SegmentLoop",
     "SegmentStream",

@@ -21,6 +21,7 @@ from diagpass.errors import DiagpassError
 from diagpass.machine import matmul_rate, wait
 from diagpass.report import Report
 from diagpass.runtime.clock import measuring
+from diagpass.stages import say
 from diagpass.state import Snapshot
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def measure(fast: Transformed, args: tuple, kwargs: dict) -> Report:
     with torch.no_grad():
         known = None
         for number in range(WARM):  # the third replays what the second has recorded
+            say("warm up")
             timed(fast)
             if number >= 2 and known == _counts(fast):
                 break
@@ -59,6 +61,7 @@ def measure(fast: Transformed, args: tuple, kwargs: dict) -> Report:
         rounds: dict[str, list[float]] = {"sequential": [], "wavefront": []}
         begin = time.perf_counter()
         for number in range(MOST):
+            say("time", number, MOST)
             rounds["sequential"].append(timed(model))
             rounds["wavefront"].append(timed(fast))
             if number >= LEAST - 1 and time.perf_counter() - begin > BUDGET:

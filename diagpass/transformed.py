@@ -33,6 +33,7 @@ from diagpass.measured import measure
 from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal
 from diagpass.report import Report, make_report
+from diagpass.stages import say
 from diagpass.state import Snapshot
 from diagpass.verify import Reference
 
@@ -59,6 +60,7 @@ class Capturing(Protocol):
 
     symbols: set[str]
     modes: list[Any]
+    captures: int
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A captured graph in, what runs it out."""
@@ -90,6 +92,8 @@ def call_entry(entry: Callable[..., Any], session: Capturing, args: tuple, kwarg
     DiagpassError
         Strict mode refused the plan.
     """
+    if not session.captures:
+        say("capture")
     while True:
         try:
             # Dynamo skips frames under a dispatch mode: the modes wait and are back when the program runs.

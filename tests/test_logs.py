@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 import diagpass
 from diagpass.cli import sample
 from diagpass.describe.progress import Progress
+from diagpass.stages import listening
 from tests import rolled_models
 
 ROOT = Path(__file__).parent.parent
@@ -147,3 +150,49 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     with Progress("work", stream=out) as progress:
         progress.show("part", 1, 2)
     assert "work: 0." not in out.getvalue() and "part" in out.getvalue()
+
+
+def stages(work: Callable[[], object]) -> list[tuple[str, int, int]]:
+    said: list[tuple[str, int, int]] = []
+    with listening(lambda *what: said.append(what)), torch.no_grad():
+        work()
+    return said
+
+
+def test_capture_batching_and_compilation_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
+    model, inputs = sample.build(layers=3, segments=3, width=4)
+    fast = diagpass.transform(model, options={"schedule": "wavefront"})
+    with caplog.at_level("INFO", logger="diagpass"):
+        said = stages(lambda: fast(*inputs))
+    names = list(dict.fromkeys(name.partition(":")[0] for name, *_ in said))
+    assert names[0] == "capture" and names[-3:] == ["batch kinds and emit", "batch", "compile"]
+    compiled = [(name, done, total) for name, done, total in said if name.startswith("compile")]
+    assert [done for _, done, _ in compiled] == list(range(3)) and {total for *_, total in compiled} == {3}
+    assert re.search(r"find cells: \d+\.\d{3} s", caplog.text) and "compiled kind0_w2 in" in caplog.text
+    assert not stages(lambda: fast(*inputs))
+
+
+def test_the_segments_of_a_loop_are_counted() -> None:
+    loop, x = rolled_models.build("gru"), rolled_models.inputs("gru", 5 * rolled_models.T)
+    fast = diagpass.transform(loop, options={"compiler": "eager", "schedule": "wavefront"})
+    said = stages(lambda: fast(x))
+    assert [(done, total) for name, done, total in said if name == "segments"] == [(at, 5) for at in range(5)]
+    assert any(name.startswith("capture: behaviour 1") for name, *_ in said)
+
+
+def test_the_library_is_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    model, inputs = sample.build(layers=2, segments=3, width=4)
+    with torch.no_grad():
+        fast = diagpass.transform(model, options={"compiler": "eager", "schedule": "wavefront"})
+        fast(*inputs)
+        assert capfd.readouterr() == ("", "")
+        with diagpass.Progress("asked"):
+            diagpass.explain(model, *inputs)
+        said = capfd.readouterr()
+    assert not said.out and "asked: capture\n" in said.err and "asked: find cells\n" in said.err
+    with diagpass.Progress("silent", silent=True):
+        diagpass.explain(model, *inputs)
+    assert capfd.readouterr() == ("", "")

@@ -27,6 +27,7 @@ from diagpass.errors import BatchingError
 from diagpass.ir import CellGraph, Group, Kind, Schedule
 from diagpass.lowering.batch import batch_kind, device_of
 from diagpass.lowering.weights import WeightPlan
+from diagpass.stages import say
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -173,6 +174,7 @@ class _Emitter:
         """Trace the batched form once; None if the kind has none (said once in the notes)."""
         key = (kind.index, width, shared)
         if key not in self.forms:
+            say(f"batch: kind{kind.index} for {width} cells")
             try:
                 traced, stacked = batch_kind(kind, width, shared)
             except BatchingError as error:

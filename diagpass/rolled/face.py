@@ -44,6 +44,7 @@ from diagpass.rolled.session import OutsideWrite, StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
 from diagpass.rolled.undo import Undo
 from diagpass.rolled.view import Carried, View
+from diagpass.stages import say
 from diagpass.state import Memos, Snapshot
 from diagpass.transformed import (
     CaptureFailed,
@@ -349,6 +350,7 @@ class TransformedLoop(Transformed):
         """
         loop = self._original
         for segment in segments:
+            say("segments", run.segments, len(segments) if isinstance(segments, list) else 0)
             self._check_width(run)  # before: a stream that stops here runs this segment as it stands
             segment = tree_map(functools.partial(_fixed, own=stream), segment)
             if not stream and run.repeat.record(run, segment):
