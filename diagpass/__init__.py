@@ -39,6 +39,7 @@ from diagpass.errors import (
     VerificationError,
 )
 from diagpass.loop import SegmentLoop, SegmentStream
+from diagpass.machine import Machine, measure_machine
 from diagpass.report import Report
 from diagpass.transform import explain, transform
 
@@ -50,6 +51,7 @@ __all__ = [
     "ChainError",
     "DiagpassError",
     "DiagpassWarning",
+    "Machine",
     "OptionError",
     "Progress",
     "Report",
@@ -58,5 +60,6 @@ __all__ = [
     "SequentialError",
     "VerificationError",
     "explain",
+    "measure_machine",
     "transform",
 ]

@@ -19,8 +19,10 @@ from diagpass.describe.estimate import estimate
 from diagpass.describe.facts import block_facts, kind_facts, path_facts, state_bytes, wave_bytes
 from diagpass.describe.places import crossing, line_of, short
 from diagpass.describe.text import as_html, as_rich, as_text
+from diagpass.describe.work import NO_WORK, work_of
 from diagpass.errors import DiagpassError
-from diagpass.ir import Edge
+from diagpass.ir import CellGraph, Edge
+from diagpass.machine import Machine
 from diagpass.pipeline import Analysis, Refusal
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class Report:
     kinds
         One dict per kind: ``index``, ``cells`` (how many), ``layers`` (sorted), ``segments`` (in words),
         ``first`` (the first cell in words), ``operations``, ``flops`` (matrix products), ``bytes`` (operands
-        and results), ``weight_bytes``, ``result_bytes`` (all per cell), ``unbatchable`` (None or why),
+        and results), ``weight_bytes``, ``result_bytes``, ``products``, ``chains``, ``moved`` (what
+        :mod:`diagpass.describe.work` says of it; all per cell), ``unbatchable`` (None or why),
         ``differs`` (None, or why it is not one with the next kind: ``kind``, ``cause``, ``text``, ``place``).
     verdict
         ``"wavefront"`` or ``"sequential"``: what the dataflow permits, whatever the speed.
@@ -74,6 +77,8 @@ class Report:
     memory
         Bytes: ``weights`` (the stacks), ``copied`` (weights held a second time), ``state`` (held from
         segment to segment), ``wave`` (results of the largest wave).
+    glue
+        The work of what belongs to no cell, over the whole call: ``products``, ``chains``, ``moved``.
     times
         Seconds by what was measured, such as ``"sequential"`` and ``"wavefront"`` (:meth:`timed`).
     measured
@@ -114,6 +119,7 @@ class Report:
     advice: list[str] = dataclasses.field(default_factory=list)
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     times: dict[str, float] = dataclasses.field(default_factory=dict)
+    glue: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(NO_WORK), repr=False)
     measured: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
     captures: int = 0
     plans: int = 0
@@ -174,19 +180,27 @@ class Report:
             ) from error
         Path(path).write_text(text, "utf-8")
 
-    def estimate(
-        self, flops_per_second: float, bytes_per_second: float, start_seconds: float = 0.0
-    ) -> dict[str, float]:
-        """Seconds by the cost model, ``"sequential"`` and ``"wavefront"``, for a machine with these figures.
+    def estimate(self, machine: Machine) -> dict[str, float]:
+        """Seconds by the cost model for a machine with these figures; nothing runs.
 
         Parameters
         ----------
-        flops_per_second, bytes_per_second
-            What the machine sustains in matrix products and in memory traffic.
-        start_seconds
-            What starting one operation costs.
+        machine
+            :func:`diagpass.measure_machine` measures the one at hand; another's figures may be typed in.
+
+        Returns
+        -------
+        dict
+            ``"sequential"``: the best sequential run, compiled, a segment in one CUDA graph; ``"wavefront"``,
+            which is the larger of ``"device"`` and ``"host"``: what the kernels take, and what the host
+            takes to record and launch them.
+
+        Raises
+        ------
+        DiagpassError
+            The machine has no figure for a data type that the model computes in.
         """
-        return estimate(self.kinds, self.schedule, flops_per_second, bytes_per_second, start_seconds)
+        return estimate(self.kinds, self.schedule, self.glue, self.cells, machine)
 
     def timed(self, **seconds: float) -> Report:
         """A copy that knows how long something took, in seconds, by name."""
@@ -284,12 +298,19 @@ def make_report(analysis: Analysis, ran: str | None = None) -> Report:
             "state": state_bytes(found) if found else 0,
             "wave": wave_bytes(schedule, kinds),
         },
+        glue=_glue(found),
         code=emitted.module.code if emitted else None,
         repro=analysis.repro,
         grid=grid,
         edges=edges,
         schedule=schedule,
     )
+
+
+def _glue(found: CellGraph | None) -> dict[str, Any]:
+    if found is None:
+        return dict(NO_WORK)
+    return work_of(node for node in found.graph.graph.nodes if node not in found.owner)
 
 
 def coverage_facts(batched: int, cells: int) -> dict[str, Any]:

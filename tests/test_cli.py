@@ -118,6 +118,12 @@ def test_explain_can_run_it_and_trace_the_run(folder: Path) -> None:
     assert [event["args"]["width"] for event in waves] == [1, 2, 3, 3, 2, 1]
 
 
+def test_explain_can_estimate_and_write_a_script(folder: Path) -> None:
+    result = run("explain", "cli_models:good", "--estimate", "--repro", "repro.py", "--quiet")
+    assert "sequential, estimated " in result.stdout and "wavefront, estimated " in result.stdout
+    assert "script: repro.py" in result.stdout and "class Graph" in (folder / "repro.py").read_text()
+
+
 def test_explain_as_json_is_nothing_but_json(folder: Path) -> None:
     result = run("explain", "cli_models:good", "--json")
     told = json.loads(result.stdout)

@@ -28,6 +28,7 @@ from diagpass.cli import sample
 from diagpass.cli.checks import check
 from diagpass.cli.target import load
 from diagpass.cli.timing import bench as run_bench
+from diagpass.cli.timing import estimated
 from diagpass.describe.progress import Progress
 from diagpass.errors import DiagpassError, DiagpassWarning
 from diagpass.report import Report
@@ -114,6 +115,9 @@ def explain(
     repro: Annotated[
         Path | None, typer.Option(help="Write a script for a bug report, which runs by itself.")
     ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure this machine for two seconds and estimate times.")
+    ] = False,
     run: Annotated[
         bool, typer.Option("--run", help="Also run it, and say how long each width of wave took.")
     ] = False,
@@ -134,6 +138,9 @@ def explain(
         if run:
             with Progress("run and measurement", silent=quiet):
                 report = diagpass.transform(model, options={"compiler": compiler}).measure(*inputs)
+        if estimate:
+            with Progress("measurement of the machine", silent=quiet):
+                report = report.timed(**estimated(model, inputs, report))
         if plot is not None or gantt is not None:
             from diagpass.pictures import plot_gantt, plot_grid
 

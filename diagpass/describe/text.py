@@ -74,7 +74,7 @@ def _outcome(r: Any) -> str:
 
 def _times(r: Any) -> Iterator[str]:
     flops = total_flops(r.kinds)
-    yield f"measured; the cells have {work(flops)} of matrix products"
+    yield f"measured unless it says estimated; the cells have {work(flops)} of matrix products"
     for name, seconds in r.times.items():
         rate = f", {work(flops / seconds)}/s" if seconds and flops else ""
         yield f"{name} {1e3 * seconds:,.2f} ms{rate}"

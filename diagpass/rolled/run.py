@@ -17,7 +17,7 @@ import contextlib
 import logging
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -82,6 +82,7 @@ class Run:
         self.state_bytes = 0  # what comes in from the segment before, at most
         self.seconds = 0.0
         self.layers: set[int] = set()
+        self.programs: Counter[StepProgram] = Counter()  # how many segments each has recorded
         self.grid: list[tuple[int, int, int, int]] = []  # segment, layer, cell number, wave
         self.edges: list[frozenset[int]] = []
         self._floor = 0
@@ -162,6 +163,7 @@ class Run:
             if found is None:
                 found = derived(_piece, boxes[source], dim, start, stop, drop)
             boxes[node] = found
+        self.programs[program] += 1
         floor, base = self._floor, None
         for unit in program.units:
             if isinstance(unit, Lump):
