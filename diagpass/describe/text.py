@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diagpass.describe.estimate import total_flops
 from diagpass.describe.figures import count, letter, ranges, size, work
+from diagpass.describe.places import short_lines
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -24,16 +25,9 @@ MOST_KINDS = 12  # more are counted, not listed
 def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
     """The parts of a report, in the order in which they are read."""
     r = report
-    yield "verdict", [f"{r.verdict} ({r.reason})" if r.reason else f"{r.verdict}: {_outcome(r)}"]
+    yield "verdict", list(_verdict(r))
     if r.cells:
-        covered = r.coverage
-        yield (
-            "coverage",
-            [
-                f"{covered['batched_cells']:,} of {r.cells:,} cells batched, {count(r.waves, 'wave')}, "
-                f"mean width {r.mean_width:.2f}, max width {r.max_width}"
-            ],
-        )
+        yield "coverage", list(_coverage(r))
         yield (
             "grid",
             [
@@ -45,7 +39,10 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
         yield "critical path", list(_path(r))
         yield "blocking", list(_blocking(r))
     if r.chain is not None:
-        yield "chain", [str(r.chain)]
+        about = (
+            "a chain is an edge from a layer to a lower one at a later segment, which so cannot begin before"
+        )
+        yield "chain", [str(r.chain), about]
     if r.refusals:
         yield "refused", [_refusal(each) for each in r.refusals]
     if r.cells:
@@ -65,6 +62,28 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
     yield "to change", r.advice or ["nothing"]
     for note in r.notes:
         yield "note", [note]
+
+
+def _verdict(r: Any) -> Iterator[str]:
+    if r.reason is None:
+        yield f"{r.verdict}: {_outcome(r)}"
+        return
+    yield f"{r.verdict} ({short_lines(r.reason)})"
+    if r.ran != "wavefront":
+        yield "so diagpass runs the model as it stands: same results, same speed"
+
+
+def _coverage(r: Any) -> Iterator[str]:
+    batched = r.coverage["batched_cells"]
+    yield (
+        f"{batched:,} of {r.cells:,} cells batched, {count(r.waves, 'wave')}, "
+        f"mean width {r.mean_width:.2f}, max width {r.max_width}"
+    )
+    if r.verdict == "wavefront" and batched < r.cells:
+        refused = sum(kind["cells"] for kind in r.kinds if kind["unbatchable"])
+        alone = r.cells - batched - refused
+        if alone > 0:
+            yield f"{count(alone, 'cell')} run alone: no other of the same kind is in the same wave"
 
 
 def _outcome(r: Any) -> str:
@@ -147,7 +166,10 @@ def _path(r: Any) -> Iterator[str]:
 def _blocking(r: Any) -> Iterator[str]:
     block = r.blocking
     if block is None:
-        yield "no edge; without layers above each other and state per layer it would be another model"
+        yield (
+            "no edge: nothing makes the path longer but what every recurrent stack has, the layer below and "
+            "a layer's own state"
+        )
         return
     yield (
         f"{count(block['count'], 'edge')} {block['reach']}; without them {block['waves_without']:,} waves "
