@@ -58,6 +58,9 @@ def wrong():
 def not_a_tuple():
     return nn.Linear(4, 4), torch.randn(2, 4)
 
+def bad_inputs():
+    return Stack(False).eval(), (torch.randn(4, 2, 5),)
+
 class Odd(nn.Module):
     """Another result at each call: no run equals another."""
     def __init__(self):
@@ -193,6 +196,18 @@ def test_a_bad_target_gets_one_paragraph(folder: Path, target: str, words: str) 
     text = " ".join(result.stderr.split())
     assert text.startswith("error: ") and words in text, text
     assert "Traceback" not in result.stderr and "\n\n" not in result.stderr.strip() and not result.stdout
+
+
+@pytest.mark.parametrize("command", ["explain", "verify", "bench"])
+def test_a_model_that_fails_on_its_inputs_is_named(folder: Path, command: str) -> None:
+    text = " ".join(run(command, "cli_models:bad_inputs", "--quiet", code=1).stderr.split())
+    assert text.startswith("error: the model of cli_models:bad_inputs raised RuntimeError: "), text
+    assert "called as it stands with the factory's inputs" in text and "Traceback" not in text
+
+
+def test_a_file_that_cannot_be_written_is_named(folder: Path) -> None:
+    text = run("explain", "cli_models:good", "--trace", "no/such/t.json", "--quiet", code=1).stderr
+    assert text.strip() == "error: no/such/t.json: No such file or directory"
 
 
 def test_a_model_without_layers_says_what_to_do(folder: Path) -> None:
