@@ -87,6 +87,9 @@ def run(
     strongest = StrongestSequential(cell, segment) if "strongest" in wanted else None
     step = compiled_step(cell, segment) if "compiled" in wanted else None
     rate = matmul_rate(device, dtype)
+    machine = dataclasses.replace(
+        diagpass.measure_machine(device, [dtype]), matmul={str(dtype).removeprefix("torch."): rate}
+    )
     for length in lengths:
         sides = Sides(
             fast,
@@ -110,6 +113,8 @@ def run(
             "threads": torch.get_num_threads() if device == "cpu" else 0,
             **row,
             "matmul_flops": rate,
+            "machine": dataclasses.asdict(machine),
+            "estimate_ms": {name: 1e3 * took for name, took in fast.report.estimate(machine).items()},
             "limit_ms": 1e3 * flops(shape, segment, length, head) / rate,
             "model_bytes": model_bytes,
             "static_bytes": static,

@@ -27,6 +27,7 @@
 True
 """
 
+from diagpass.describe.progress import Progress
 from diagpass.errors import (
     BatchingError,
     CaptureError,
@@ -38,6 +39,7 @@ from diagpass.errors import (
     VerificationError,
 )
 from diagpass.loop import SegmentLoop, SegmentStream
+from diagpass.machine import Machine, measure_machine
 from diagpass.report import Report
 from diagpass.transform import explain, transform
 
@@ -49,12 +51,15 @@ __all__ = [
     "ChainError",
     "DiagpassError",
     "DiagpassWarning",
+    "Machine",
     "OptionError",
+    "Progress",
     "Report",
     "SegmentLoop",
     "SegmentStream",
     "SequentialError",
     "VerificationError",
     "explain",
+    "measure_machine",
     "transform",
 ]

@@ -9,10 +9,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,9 +31,12 @@ from diagpass.logs import artifact
 from diagpass.lowering.emit import Emitted, emit
 from diagpass.lowering.weights import WeightPlan, plan_weights, split_groups
 from diagpass.options import Options
-from diagpass.runtime.compiled import InductorKind
+from diagpass.runtime.clock import current
+from diagpass.runtime.compiled import InductorKind, number_in_turn
 from diagpass.runtime.forms import Forms, Traced
 from diagpass.runtime.stacks import ALIGNMENT, WeightStacks
+from diagpass.runtime.timed import TimedWaves
+from diagpass.stages import stage
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -97,14 +98,6 @@ class RunSequentially(Exception):
     def __init__(self, analysis: Analysis) -> None:
         super().__init__(analysis.refusal.reason if analysis.refusal else "")
         self.analysis = analysis
-
-
-@contextlib.contextmanager
-def stage(name: str):
-    """Log how long a stage took."""
-    begin = time.perf_counter()
-    yield
-    log.debug("%s: %.3f s", name, time.perf_counter() - begin)
 
 
 def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
@@ -236,6 +229,7 @@ def lower(
             ),
             numbers_as_tensors=compiled,
         )
+    number_in_turn(emitted.module.children())
     artifact("diagpass_after", lambda: emitted.module.print_readable(print_output=False))
     stacks = WeightStacks(
         [stack.rows for stack in plan.stacks],
@@ -243,8 +237,13 @@ def lower(
         share=options.weights == "share",
     )
 
+    found = analysis.cells
+
     def program(*args: Any) -> Any:
-        return emitted.module(*args, *stacks(args))
+        clock = current()
+        if clock is None:
+            return emitted.module(*args, *stacks(args))
+        return TimedWaves(emitted.module, found.cells, clock).run(*args, *stacks(args))
 
     notes = (*analysis.notes, *emitted.notes)
     unbatched = emitted.obstacles
@@ -260,7 +259,8 @@ def predict(gm: fx.GraphModule, analysis: Analysis, weights: Sequence[bool], opt
     if found is None:
         return analysis
     plan, waves = _plan(gm, found, analysis.schedule, weights)
-    reasons = obstacles(found.kinds) if analysis.refusal is None else {}
+    with stage("predict what is batched"):
+        reasons = obstacles(found.kinds) if analysis.refusal is None else {}
     batched = sum(
         len(group.cells)
         for wave in waves.waves

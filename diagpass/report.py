@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -18,8 +19,10 @@ from diagpass.describe.estimate import estimate
 from diagpass.describe.facts import block_facts, kind_facts, path_facts, state_bytes, wave_bytes
 from diagpass.describe.places import crossing, line_of, short
 from diagpass.describe.text import as_html, as_rich, as_text
+from diagpass.describe.work import NO_WORK, work_of
 from diagpass.errors import DiagpassError
-from diagpass.ir import Edge
+from diagpass.ir import CellGraph, Edge
+from diagpass.machine import Machine
 from diagpass.pipeline import Analysis, Refusal
 
 if TYPE_CHECKING:
@@ -43,7 +46,8 @@ class Report:
     kinds
         One dict per kind: ``index``, ``cells`` (how many), ``layers`` (sorted), ``segments`` (in words),
         ``first`` (the first cell in words), ``operations``, ``flops`` (matrix products), ``bytes`` (operands
-        and results), ``weight_bytes``, ``result_bytes`` (all per cell), ``unbatchable`` (None or why),
+        and results), ``weight_bytes``, ``result_bytes``, ``products``, ``chains``, ``moved`` (what
+        :mod:`diagpass.describe.work` says of it; all per cell), ``unbatchable`` (None or why),
         ``differs`` (None, or why it is not one with the next kind: ``kind``, ``cause``, ``text``, ``place``).
     verdict
         ``"wavefront"`` or ``"sequential"``: what the dataflow permits, whatever the speed.
@@ -73,12 +77,20 @@ class Report:
     memory
         Bytes: ``weights`` (the stacks), ``copied`` (weights held a second time), ``state`` (held from
         segment to segment), ``wave`` (results of the largest wave).
+    glue
+        The work of what belongs to no cell, over the whole call: ``products``, ``chains``, ``moved``.
     times
         Seconds by what was measured, such as ``"sequential"`` and ``"wavefront"`` (:meth:`timed`).
     forms
         How groups of cells ran, where that was chosen: ``kind``, ``width`` (cells), ``form`` (``"batched"``,
         ``"looped"`` or ``"single"``), ``products`` (batched matrix products), ``looped`` (of these, how many
         ran cell by cell), ``seconds`` by form (empty if nothing was measured).
+    measured
+        None, or what :meth:`Transformed.measure <diagpass.transform.Transformed.measure>` found: ``device``,
+        ``clock`` (``"wall"`` or ``"events"``), ``seconds`` of the call that was watched, its ``flops``,
+        ``matmul_rate`` (FLOPs a second of large products of ``matmul_dtype`` on this machine), ``fraction``
+        of that rate, ``widths`` (per wave width ``waves``, ``median_seconds``, ``fraction``) and ``waves`` in
+        the order in which they ran (``begin``, ``end``, ``host``, ``groups``; seconds since the call began).
     planning_seconds
         What the last call spent on putting cells into waves; 0.0 where the schedule is part of the capture.
     captures, plans
@@ -86,7 +98,7 @@ class Report:
     code
         The emitted graph as Python text, or None.
     repro
-        What :meth:`save_repro` writes, or None.
+        What :meth:`save_repro` writes, or what makes it when it is asked for, or None.
     grid, edges, schedule
         See :meth:`to_dict`.
     """
@@ -111,12 +123,14 @@ class Report:
     advice: list[str] = dataclasses.field(default_factory=list)
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     times: dict[str, float] = dataclasses.field(default_factory=dict)
+    glue: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(NO_WORK), repr=False)
+    measured: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
     captures: int = 0
     plans: int = 0
     forms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     planning_seconds: float = 0.0
     code: str | None = dataclasses.field(default=None, repr=False)
-    repro: str | None = dataclasses.field(default=None, repr=False)
+    repro: str | Callable[[], str] | None = dataclasses.field(default=None, repr=False)
     grid: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
     edges: list[list[int]] = dataclasses.field(default_factory=list, repr=False)
     schedule: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list, repr=False)
@@ -145,33 +159,53 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent)
 
     def save_repro(self, path: str | PathLike[str]) -> None:
-        """Write a script for a bug report: the graph, random inputs, the report and a comparison.
+        """Write a script for a bug report: it prints the report, runs both ways and compares.
+
+        It holds the captured graph, so that it runs anywhere, if the model is captured as one; the reports
+        of ``explain`` hold else the model and its inputs without the contents of tensors, so that it runs
+        where the model's classes can be imported. Values are drawn at random.
 
         Raises
         ------
         DiagpassError
-            There is no graph to write: the model was not captured, or not as one graph of fixed sizes.
+            There is neither (the report of a call that was not captured as one graph: ask ``explain``), or
+            the model cannot be pickled.
         """
         if self.repro is None:
             raise DiagpassError(
-                "this report has no graph to save: the model was not captured, has symbolic sizes, or is a "
-                "SegmentLoop; save the report of a call that unrolls the loop, or send report.to_json()"
+                "this report has no graph to save, since the call was not captured as one graph of fixed "
+                "sizes; use diagpass.explain(model, *inputs).save_repro(path), which saves the model instead"
             )
-        Path(path).write_text(self.repro, "utf-8")
+        try:
+            text = self.repro if isinstance(self.repro, str) else self.repro()
+        except ValueError as error:
+            raise DiagpassError(
+                f"the model cannot be written into a script: {error}; a bug report needs the model's code "
+                "and report.to_json()"
+            ) from error
+        Path(path).write_text(text, "utf-8")
 
-    def estimate(
-        self, flops_per_second: float, bytes_per_second: float, start_seconds: float = 0.0
-    ) -> dict[str, float]:
-        """Seconds by the cost model, ``"sequential"`` and ``"wavefront"``, for a machine with these figures.
+    def estimate(self, machine: Machine) -> dict[str, float]:
+        """Seconds by the cost model for a machine with these figures; nothing runs.
 
         Parameters
         ----------
-        flops_per_second, bytes_per_second
-            What the machine sustains in matrix products and in memory traffic.
-        start_seconds
-            What starting one operation costs.
+        machine
+            :func:`diagpass.measure_machine` measures the one at hand; another's figures may be typed in.
+
+        Returns
+        -------
+        dict
+            ``"sequential"``: the best sequential run, compiled, a segment in one CUDA graph; ``"wavefront"``,
+            which is the larger of ``"device"`` and ``"host"``: what the kernels take, and what the host
+            takes to record and launch them.
+
+        Raises
+        ------
+        DiagpassError
+            The machine has no figure for a data type that the model computes in.
         """
-        return estimate(self.kinds, self.schedule, flops_per_second, bytes_per_second, start_seconds)
+        return estimate(self.kinds, self.schedule, self.glue, self.cells, machine)
 
     def timed(self, **seconds: float) -> Report:
         """A copy that knows how long something took, in seconds, by name."""
@@ -269,12 +303,19 @@ def make_report(analysis: Analysis, ran: str | None = None) -> Report:
             "state": state_bytes(found) if found else 0,
             "wave": wave_bytes(schedule, kinds),
         },
+        glue=_glue(found),
         code=emitted.module.code if emitted else None,
         repro=analysis.repro,
         grid=grid,
         edges=edges,
         schedule=schedule,
     )
+
+
+def _glue(found: CellGraph | None) -> dict[str, Any]:
+    if found is None:
+        return dict(NO_WORK)
+    return work_of(node for node in found.graph.graph.nodes if node not in found.owner)
 
 
 def coverage_facts(batched: int, cells: int) -> dict[str, Any]:

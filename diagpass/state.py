@@ -87,6 +87,8 @@ class Snapshot:
                     tensor.detach_()
                 if tensor.shape != value.shape:
                     tensor.resize_(value.shape)
+                if tensor.is_meta:  # there is nothing in it
+                    continue
                 if tensor._version != version or not torch.equal(tensor, value):
                     tensor.copy_(value)
         if self._cpu is not None:

@@ -6,6 +6,8 @@ run as wavefronts. ``explain(model, ...)`` says what would be done and why, and 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from diagpass.ir import Schedule
 from diagpass.loop import SegmentLoop
 from diagpass.options import Options
 from diagpass.pipeline import Analysis
+from diagpass.rebuild import model_script
 from diagpass.report import Report, make_report
 from diagpass.rolled.face import TransformedLoop, explain_loop
 from diagpass.rolled.whole import TransformedModel, explain_model
@@ -102,6 +105,13 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """
     if isinstance(model, Transformed):
         model = model.original
+    report = _explained(model, args, kwargs)
+    if report.repro is None:
+        report = dataclasses.replace(report, repro=functools.partial(model_script, model, args, kwargs))
+    return report
+
+
+def _explained(model: nn.Module, args: tuple, kwargs: dict) -> Report:
     if isinstance(model, SegmentLoop):
         return explain_loop(model, args, kwargs)
     rolled = explain_model(model, args, kwargs)

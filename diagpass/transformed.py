@@ -29,9 +29,11 @@ from diagpass.capture import dynamo
 from diagpass.describe.places import line_of, module_at
 from diagpass.errors import CaptureError, DiagpassError, VerificationError
 from diagpass.ir import Schedule
+from diagpass.measured import measure
 from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal
 from diagpass.report import Report, make_report
+from diagpass.stages import say
 from diagpass.state import Snapshot
 from diagpass.verify import Reference
 
@@ -58,6 +60,7 @@ class Capturing(Protocol):
 
     symbols: set[str]
     modes: list[Any]
+    captures: int
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A captured graph in, what runs it out."""
@@ -89,6 +92,8 @@ def call_entry(entry: Callable[..., Any], session: Capturing, args: tuple, kwarg
     DiagpassError
         Strict mode refused the plan.
     """
+    if not session.captures:
+        say("capture")
     while True:
         try:
             # Dynamo skips frames under a dispatch mode: the modes wait and are back when the program runs.
@@ -194,6 +199,32 @@ class Transformed(nn.Module):
                 self._session.hold = False
                 before.restore()
         return self.report
+
+    def measure(self, *args: Any, **kwargs: Any) -> Report:
+        """Time a call wave by wave, and against the model as it stands; the state stays as it is.
+
+        The call is made some times without a clock until all is compiled, some times for the totals in turns
+        with the model as it stands, and once under a clock: the wall clock on the CPU, events on CUDA. Other
+        calls are not slowed by this. No gradients are recorded.
+
+        Parameters
+        ----------
+        args, kwargs
+            The inputs of the call.
+
+        Returns
+        -------
+        Report
+            With ``times`` (medians of ``"sequential"`` and ``"wavefront"``) and ``measured``; for a call that
+            runs sequentially with ``times["sequential"]`` alone. ``diagpass.pictures.write_trace`` draws it.
+
+        Raises
+        ------
+        DiagpassError
+            ``DIAGPASS_DISABLE`` is set, or the options are strict and the call is refused.
+        """
+        with self._lock:
+            return measure(self, args, kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""

@@ -58,6 +58,9 @@ def wrong():
 def not_a_tuple():
     return nn.Linear(4, 4), torch.randn(2, 4)
 
+def bad_inputs():
+    return Stack(False).eval(), (torch.randn(4, 2, 5),)
+
 class Odd(nn.Module):
     """Another result at each call: no run equals another."""
     def __init__(self):
@@ -106,6 +109,22 @@ def test_explain_says_what_will_happen_and_draws_it(folder: Path) -> None:
     assert sum(event["ph"] == "X" for event in events) == 2 * 12
     last = max(event["ts"] for event in events if event["pid"] == 2)
     assert last == 5 * min(event["dur"] for event in events if event["ph"] == "X")
+
+
+def test_explain_can_run_it_and_trace_the_run(folder: Path) -> None:
+    result = run("explain", "cli_models:good", "--run", "--compiler", "eager", "--trace", "t.json")
+    assert "measured: one call on cpu by the wall clock" in result.stdout
+    assert "of it in 6 waves" in result.stdout and "width 3: 2 waves, median" in result.stdout
+    assert "run and measurement" in result.stderr
+    events = json.loads((folder / "t.json").read_text())["traceEvents"]
+    waves = [event for event in events if event["pid"] == 3 and event.get("cat") == "wave"]
+    assert [event["args"]["width"] for event in waves] == [1, 2, 3, 3, 2, 1]
+
+
+def test_explain_can_estimate_and_write_a_script(folder: Path) -> None:
+    result = run("explain", "cli_models:good", "--estimate", "--repro", "repro.py", "--quiet")
+    assert "sequential, estimated " in result.stdout and "wavefront, estimated " in result.stdout
+    assert "script: repro.py" in result.stdout and "class Graph" in (folder / "repro.py").read_text()
 
 
 def test_explain_as_json_is_nothing_but_json(folder: Path) -> None:
@@ -177,6 +196,18 @@ def test_a_bad_target_gets_one_paragraph(folder: Path, target: str, words: str) 
     text = " ".join(result.stderr.split())
     assert text.startswith("error: ") and words in text, text
     assert "Traceback" not in result.stderr and "\n\n" not in result.stderr.strip() and not result.stdout
+
+
+@pytest.mark.parametrize("command", ["explain", "verify", "bench"])
+def test_a_model_that_fails_on_its_inputs_is_named(folder: Path, command: str) -> None:
+    text = " ".join(run(command, "cli_models:bad_inputs", "--quiet", code=1).stderr.split())
+    assert text.startswith("error: the model of cli_models:bad_inputs raised RuntimeError: "), text
+    assert "called as it stands with the factory's inputs" in text and "Traceback" not in text
+
+
+def test_a_file_that_cannot_be_written_is_named(folder: Path) -> None:
+    text = run("explain", "cli_models:good", "--trace", "no/such/t.json", "--quiet", code=1).stderr
+    assert text.strip() == "error: no/such/t.json: No such file or directory"
 
 
 def test_a_model_without_layers_says_what_to_do(folder: Path) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import diagpass
 from diagpass.cli import sample
 from diagpass.describe.progress import Progress
+from diagpass.stages import listening
+from tests import rolled_models
 
 ROOT = Path(__file__).parent.parent
 CODE = """
@@ -52,12 +58,72 @@ def test_a_saved_repro_runs_and_agrees(tmp_path: Path) -> None:
     assert differences and max(differences) < 1e-5
 
 
-def test_a_report_without_a_graph_has_no_repro(tmp_path: Path) -> None:
+def test_the_repro_of_a_loop_rebuilds_it(tmp_path: Path) -> None:
+    """A fresh process that can import the classes runs it: report, both runs, comparison."""
+    loop = rolled_models.build("gru")
+    weight = next(loop.parameters())
+    torch.nn.init.constant_(weight, 0.125)
+    report = diagpass.explain(loop, rolled_models.inputs("gru", 12))
+    report.save_repro(tmp_path / "repro.py")
+    text = (tmp_path / "repro.py").read_text()
+    assert "tests.rolled_models" in text.partition("import base64")[0] and "NEEDED = []" in text
+    said = run(str(tmp_path / "repro.py")).stdout
+    assert str(report) in said and "output[1][0]: unbatched 0.00e+00, batched" in said
+    again, (x,), _ = runpy.run_path(str(tmp_path / "repro.py"))["build"]()
+    assert next(again.parameters()).unique().tolist() == [0.125] and x.shape[1] == 12
+
+
+OWN = """
+import torch, diagpass
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.state = torch.nn.Linear(4, 4), torch.zeros(2, 4)
+    def forward(self, x):
+        self.state = torch.tanh(self.linear(x) + self.state)
+        return self.state
+
+def loop():
+    return diagpass.SegmentLoop(torch.nn.Sequential(Layer(), Layer()), segment_size=2, dim=0)
+"""
+
+
+def test_the_repro_of_what_a_program_defines_itself_says_what_to_paste(tmp_path: Path) -> None:
+    script, repro = tmp_path / "own.py", tmp_path / "repro.py"
+    script.write_text(OWN + f"diagpass.explain(loop(), torch.randn(6, 4)).save_repro({str(repro)!r})\n")
+    run(str(script))
+    text = repro.read_text()
+    assert f"Paste Layer (from {script}) below" in text
+    failed = subprocess.run([sys.executable, str(repro)], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1 and "paste the definitions of Layer into this script" in failed.stderr
+    before, marker, after = text.partition("# Paste here")
+    repro.write_text(before + OWN.partition("def loop")[0] + marker + after)
+    assert "output: unbatched 0.00e+00" in run(str(repro)).stdout
+
+
+def test_a_model_that_was_not_captured_is_saved_itself(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(Breaks(), Breaks())
+    report = diagpass.explain(model, torch.ones(2, 4))
+    assert report.verdict == "sequential"
+    report.save_repro(tmp_path / "repro.py")
+    said = run(str(tmp_path / "repro.py")).stdout
+    assert "could not be captured as one graph" in said and "there is no wavefront to verify" in said
+
+
+class Breaks(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
     model, inputs = sample.build(layers=2, segments=2, width=4)
-    step = diagpass.SegmentLoop(model, segment_size=1, dim=0)
-    report = diagpass.explain(step, *inputs)
-    with pytest.raises(diagpass.DiagpassError, match="no graph to save"):
-        report.save_repro(tmp_path / "none.py")
+    loop = diagpass.SegmentLoop(model, segment_size=1, dim=0, reset=lambda step: None)
+    with pytest.raises(diagpass.DiagpassError, match=r"cannot be written into a script: .*lambda"):
+        diagpass.explain(loop, *inputs).save_repro(tmp_path / "none.py")
+    fast = diagpass.transform(loop, inputs, options={"compiler": "eager"})
+    with pytest.raises(diagpass.DiagpassError, match=r"use diagpass.explain\(model, \*inputs\).save_repro"):
+        fast.report.save_repro(tmp_path / "none.py")
 
 
 def test_progress_is_a_line_a_stage_or_nothing() -> None:
@@ -84,3 +150,49 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     with Progress("work", stream=out) as progress:
         progress.show("part", 1, 2)
     assert "work: 0." not in out.getvalue() and "part" in out.getvalue()
+
+
+def stages(work: Callable[[], object]) -> list[tuple[str, int, int]]:
+    said: list[tuple[str, int, int]] = []
+    with listening(lambda *what: said.append(what)), torch.no_grad():
+        work()
+    return said
+
+
+def test_capture_batching_and_compilation_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
+    model, inputs = sample.build(layers=3, segments=3, width=4)
+    fast = diagpass.transform(model, options={"schedule": "wavefront"})
+    with caplog.at_level("INFO", logger="diagpass"):
+        said = stages(lambda: fast(*inputs))
+    names = list(dict.fromkeys(name.partition(":")[0] for name, *_ in said))
+    assert names[0] == "capture" and names[-3:] == ["batch kinds and emit", "batch", "compile"]
+    compiled = [(name, done, total) for name, done, total in said if name.startswith("compile")]
+    assert [done for _, done, _ in compiled] == list(range(3)) and {total for *_, total in compiled} == {3}
+    assert re.search(r"find cells: \d+\.\d{3} s", caplog.text) and "compiled kind0_w2 in" in caplog.text
+    assert not stages(lambda: fast(*inputs))
+
+
+def test_the_segments_of_a_loop_are_counted() -> None:
+    loop, x = rolled_models.build("gru"), rolled_models.inputs("gru", 5 * rolled_models.T)
+    fast = diagpass.transform(loop, options={"compiler": "eager", "schedule": "wavefront"})
+    said = stages(lambda: fast(x))
+    assert [(done, total) for name, done, total in said if name == "segments"] == [(at, 5) for at in range(5)]
+    assert any(name.startswith("capture: behaviour 1") for name, *_ in said)
+
+
+def test_the_library_is_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    model, inputs = sample.build(layers=2, segments=3, width=4)
+    with torch.no_grad():
+        fast = diagpass.transform(model, options={"compiler": "eager", "schedule": "wavefront"})
+        fast(*inputs)
+        assert capfd.readouterr() == ("", "")
+        with diagpass.Progress("asked"):
+            diagpass.explain(model, *inputs)
+        said = capfd.readouterr()
+    assert not said.out and "asked: capture\n" in said.err and "asked: find cells\n" in said.err
+    with diagpass.Progress("silent", silent=True):
+        diagpass.explain(model, *inputs)
+    assert capfd.readouterr() == ("", "")

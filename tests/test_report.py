@@ -13,6 +13,7 @@ from torch import nn
 import diagpass
 from diagpass.describe.figures import ranges, size
 from diagpass.describe.text import as_html, sections
+from diagpass.machine import Machine
 from diagpass.report import schema
 from examples import armt, rmt
 from tests.helpers import forced, run_sequential
@@ -279,11 +280,25 @@ def test_the_estimate_counts_starts_once_a_group() -> None:
     with torch.no_grad():
         report = explain(loop, (x,))
     (kind,) = report.kinds
-    starts = report.estimate(1e30, 1e30, start_seconds=1.0)
-    assert starts["sequential"] == pytest.approx(10 * kind["operations"])
-    assert starts["wavefront"] == pytest.approx(report.waves * kind["operations"])
-    work = report.estimate(1.0, 1e30)
+    assert (kind["products"][0]["count"], kind["chains"]) == (1, 1)  # a product; its sum with the state, tanh
+    starts = report.estimate(Machine("", {"float32": 1e30}, 1e30, start_seconds=1.0))
+    assert starts["sequential"] == pytest.approx(10 * 2)
+    assert starts["wavefront"] == pytest.approx(report.waves * 2)
+    work = report.estimate(Machine("", {"float32": 1.0}, 1e30))
     assert work["sequential"] == pytest.approx(work["wavefront"]) == 10 * kind["flops"] == 10 * 2 * 2 * 4 * 4
+
+
+def test_a_model_on_the_meta_device_is_explained_as_one_with_weights() -> None:
+    """So a model that does not fit can be asked about."""
+    loop, x, _ = step()
+    with torch.no_grad():
+        told = explain(loop, (x,))
+        loop = loop.to("meta")
+        for layer in loop.step:  # type: ignore[union-attr]
+            layer.state = layer.state.to("meta")
+        found = explain(loop, (x.to("meta"),))
+    took = {"planning_seconds": 0.0}
+    assert {**found.to_dict(), **took} == {**told.to_dict(), **took}
 
 
 def test_words() -> None:

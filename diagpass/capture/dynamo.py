@@ -221,8 +221,13 @@ def first_sentences(text: str) -> str:
             if line.startswith("Developer debug context"):
                 kept.append(line.partition(":")[2].strip())
             continue
-        if line.startswith(("File ", "Set TORCH", "Traceback", "Most recent", "^")):
+        if line.startswith(("File ", "# File ", "Set TORCH", "Traceback", "Most recent", "^")):
             break
         if line:
             kept.append(line.removeprefix("Explanation:").strip())
-    return " ".join(kept[:4])[:600]
+    if len(kept) > 1 and kept[0][-1] not in ".:;!?":  # a headline
+        kept[0] += ":"
+    text = " ".join(kept[:4])[:600]
+    if text.endswith(":") and ". " in text:  # what it announces has been left out
+        text = text[: text.rindex(". ") + 1]
+    return text

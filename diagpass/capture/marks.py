@@ -55,7 +55,10 @@ def module_path(raw: str) -> str:
 
 
 def attribute_path(raw: str) -> str:
-    """Dynamo's name of a parameter, buffer or attribute as a user writes it: ``layers.0.read.weight``."""
+    """Dynamo's name of a weight, attribute or input as a user writes it: ``layers.0.read.weight``."""
+    given = re.fullmatch(r"L\['args'\]\[(\d+)\](.*)", raw)
+    if given is not None:
+        return f"input {given[1]}{given[2]}"
     parts = module_path(raw).split(".")
     return ".".join(part for part in parts if part not in ("_parameters", "_buffers"))
 

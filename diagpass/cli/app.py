@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import textwrap
 import traceback
@@ -26,8 +27,10 @@ from rich.text import Text
 import diagpass
 from diagpass.cli import sample
 from diagpass.cli.checks import check
-from diagpass.cli.target import load
+from diagpass.cli.target import called, load
 from diagpass.cli.timing import bench as run_bench
+from diagpass.cli.timing import estimated
+from diagpass.describe.figures import count
 from diagpass.describe.progress import Progress
 from diagpass.errors import DiagpassError, DiagpassWarning
 from diagpass.report import Report
@@ -62,7 +65,7 @@ Compiler = Annotated[str, typer.Option(help="inductor, or eager, which compiles 
 @contextlib.contextmanager
 def _readable(debug: bool) -> Iterator[None]:
     """Errors as one paragraph, warnings of ours as a line, the rest of the noise nowhere."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_logs(debug):
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", DiagpassWarning)
         shown = warnings.showwarning
@@ -83,10 +86,24 @@ def _readable(debug: bool) -> Iterator[None]:
                 traceback.print_exc(file=sys.stderr)
             known = isinstance(error, (DiagpassError, ImportError, ValueError, OSError))
             text = str(error).strip().split("\n\n")[0].replace("\n", " ")
+            if isinstance(error, OSError) and error.filename and error.strerror:
+                text = f"{error.filename}: {error.strerror}"
             if not known:
                 text = f"{type(error).__name__}: {text}; run with --debug for the traceback"
             _paragraph("error", text or type(error).__name__, "red")
             raise typer.Exit(ERROR) from None
+
+
+@contextlib.contextmanager
+def _quiet_logs(debug: bool) -> Iterator[None]:
+    """PyTorch logs the traceback of an error that it then raises; it is shown where somebody asks for it."""
+    before = logging.root.manager.disable
+    if not debug and "TORCH_LOGS" not in os.environ:
+        logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _paragraph(kind: str, text: str, colour: str) -> None:
@@ -100,25 +117,47 @@ def _out(value: Any) -> None:
 
 
 @app.command(
-    epilog="Example: [bold]diagpass explain examples.armt:build --plot grid.png --trace waves.json[/]",
+    epilog="Example: [bold]diagpass explain examples.armt:build --plot grid.png --trace waves.json[/]\n\n"
+    "Example: [bold]diagpass explain examples.armt:build --run --trace run.json[/]",
 )
 def explain(
     target: Target,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the layer x segment grid to this PNG.")] = None,
     gantt: Annotated[Path | None, typer.Option(help="Draw the schedule to this PNG.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Write the schedule as a Chrome trace.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the schedule, and with --run the run, as a Chrome trace.")
+    ] = None,
+    repro: Annotated[
+        Path | None, typer.Option(help="Write a script for a bug report, which runs by itself.")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure this machine for two seconds and estimate times.")
+    ] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also run it, and say how long each width of wave took.")
+    ] = False,
+    compiler: Compiler = "inductor",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 if the verdict is sequential.")
     ] = False,
     debug: Debug = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what would be done with a model, and why; nothing is compiled."""
+    """Say what would be done with a model, and why; nothing is compiled without --run."""
     with _readable(debug):
         with Progress("capture and analysis", silent=quiet):
             model, inputs = load(target)
-            report = _explained(model, inputs)
+            with called(target, model, inputs):
+                report = _explained(model, inputs)
+        if repro is not None:
+            report.save_repro(repro)
+        if run:
+            with Progress("run and measurement", silent=quiet):
+                report = diagpass.transform(model, options={"compiler": compiler}).measure(*inputs)
+        if estimate:
+            with Progress("measurement of the machine", silent=quiet):
+                report = report.timed(**estimated(model, inputs, report))
         if plot is not None or gantt is not None:
             from diagpass.pictures import plot_gantt, plot_grid
 
@@ -134,7 +173,8 @@ def explain(
             sys.stdout.write(report.to_json() + "\n")
         else:
             _out(report)
-            for what, path in (("grid", plot), ("schedule", gantt), ("trace", trace)):
+            written = (("grid", plot), ("schedule", gantt), ("trace", trace), ("script", repro))
+            for what, path in written:
                 if path is not None:
                     _out(Text(f"{what}: {path}"))
         if strict and report.verdict == "sequential":
@@ -164,7 +204,8 @@ def verify(
     with _readable(debug):
         with Progress("sequential run and wavefront", silent=quiet):
             model, inputs = load(target)
-            found, report = check(model, inputs, tolerance, {"compiler": compiler})
+            with called(target, model, inputs):
+                found, report = check(model, inputs, tolerance, {"compiler": compiler})
         equal = all(each.equal for each in found)
         if as_json:
             figures = {
@@ -202,7 +243,7 @@ def bench(
     """Time a model as it stands, under torch.compile and as a wavefront."""
     with _readable(debug):
         model, inputs = load(target)
-        with Progress("bench", silent=quiet) as progress:
+        with Progress("bench", silent=quiet) as progress, called(target, model, inputs):
             rows = run_bench(model, inputs, repeats, compiler, progress.show)
         base = rows[0].median
         if as_json:
@@ -231,7 +272,8 @@ def bench(
                 ratio = f"x{base / row.median:.2f}" if base else "-"
                 table.add_row(row.name, *times, ratio, f"{row.error:.1e}")
             _out(table)
-            _out(Text(f"{repeats} calls each, in turns; above x1.00 is faster than the model as it stands"))
+            calls = count(repeats, "call")
+            _out(Text(f"{calls} each, in turns; above x1.00 is faster than the model as it stands"))
         if rows[-1].failed:
             raise DiagpassError(f"the wavefront could not be timed: {rows[-1].failed}")
 

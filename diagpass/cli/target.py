@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from diagpass.errors import DiagpassError
 
-__all__ = ["TargetError", "load"]
+__all__ = ["TargetError", "called", "load"]
 
 
 class TargetError(DiagpassError):
@@ -100,6 +101,31 @@ def load(target: str) -> tuple[nn.Module, tuple[Any, ...]]:
             "return model, (inputs,)"
         )
     return model, tuple(inputs)
+
+
+@contextlib.contextmanager
+def called(target: str, model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
+    """Around work with a model: say so if it is the model itself that fails on its inputs.
+
+    Raises
+    ------
+    TargetError
+        The model raises when it is called as it stands, too.
+    """
+    try:
+        yield
+    except DiagpassError:
+        raise
+    except Exception:
+        try:
+            with torch.no_grad():
+                model(*inputs)
+        except Exception as error:
+            raise TargetError(
+                f"the model of {target} raised {_said(error)}, called as it stands with the factory's "
+                "inputs; mend one or the other, or run with --debug for the traceback"
+            ) from error
+        raise
 
 
 def _said(error: Exception) -> str:

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from diagpass.machine import measure_machine
+from diagpass.measured import device_and_dtype
+from diagpass.report import Report
 from diagpass.state import Snapshot
 from diagpass.transform import transform
 from diagpass.verify import TOLERANCE, Reference, differences
@@ -100,6 +103,16 @@ def bench(
         )
         for name in ways
     ]
+
+
+def estimated(model: nn.Module, inputs: tuple[Any, ...], report: Report) -> dict[str, float]:
+    """Seconds that the cost model gives for this machine, by names for a report."""
+    device, _ = device_and_dtype(model, inputs)
+    work = [*report.kinds, report.glue]
+    dtypes = {each["dtype"]: None for part in work for each in part["products"]}
+    machine = measure_machine(device, [getattr(torch, dtype) for dtype in dtypes])
+    found = report.estimate(machine)
+    return {f"{name}, estimated": found[name] for name in ("sequential", "wavefront")}
 
 
 def _first(own: nn.Module, run: Callable[..., Any], inputs: tuple, reference: Reference) -> float:

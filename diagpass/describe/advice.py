@@ -76,9 +76,11 @@ def advise(
     for kind in kinds:
         differs = kind["differs"]
         if reason is None and differs and differs["cause"] in ("shape", "constant"):
-            found.append(
-                f"kinds {letter(kind['index'])} and {letter(differs['kind'])} are batched apart; make their "
-                "layers the same where that costs nothing"
-            )
+            both = f"kinds {letter(kind['index'])} and {letter(differs['kind'])} are batched apart"
+            theirs = next((each["layers"] for each in kinds if each["index"] == differs["kind"]), [])
+            if set(theirs) & set(kind["layers"]):
+                found.append(f"{both}; make their segments of one length, by padding the last one, say")
+            else:
+                found.append(f"{both}; make their layers the same where that costs nothing")
             break
     return found

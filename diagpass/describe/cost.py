@@ -19,7 +19,24 @@ from torch.utils.flop_counter import flop_registry
 
 from diagpass.ir import Cell, Kind
 
-__all__ = ["cell_flops", "kind_bytes", "result_bytes", "stack_bytes", "value_bytes"]
+__all__ = [
+    "cell_flops",
+    "formula_of",
+    "kind_bytes",
+    "node_flops",
+    "result_bytes",
+    "stack_bytes",
+    "value_bytes",
+]
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    # PyTorch (2.11 to 2.13) has one for each attention kernel but the CPU's, which takes the same operands
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    **flop_registry,
+}
 
 
 def value_bytes(value: Any) -> int:
@@ -33,11 +50,17 @@ def value_bytes(value: Any) -> int:
 
 def cell_flops(cell: Cell) -> int:
     """The FLOPs of one cell."""
-    return sum(map(_node_flops, cell.nodes))
+    return sum(map(node_flops, cell.nodes))
 
 
-def _node_flops(node: fx.Node) -> int:
-    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+def formula_of(node: fx.Node) -> Callable[..., int] | None:
+    """PyTorch's FLOP formula of an operation, or None."""
+    return _FORMULAS.get(getattr(node.target, "overloadpacket", None))
+
+
+def node_flops(node: fx.Node) -> int:
+    """The FLOPs of one operation by PyTorch's formula; 0 where there is none."""
+    formula = formula_of(node)
     if formula is None:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))

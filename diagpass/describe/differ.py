@@ -85,7 +85,7 @@ def _operations(mine: Sequence[fx.Node], other: Sequence[fx.Node], index: int) -
     if fewer:
         verb = "and lacks" if more else "lacks"
         rest = f"first {_at(fewer[0])}"
-        parts.append(f"{verb} {len(fewer):,} of kind {letter(index)}, {rest}")
+        parts.append(f"{verb} {count(len(fewer), 'operation')} of kind {letter(index)}, {rest}")
     return {"cause": "operation", "text": " ".join(parts), "place": place((more or fewer)[0])}
 
 

@@ -17,6 +17,7 @@ from diagpass.describe.differ import difference
 from diagpass.describe.figures import ranges
 from diagpass.describe.path import blocking, critical_path, reach_of, reach_text
 from diagpass.describe.places import Ends, place
+from diagpass.describe.work import work_of
 from diagpass.ir import CellGraph, Kind
 
 __all__ = ["block_facts", "kind_facts", "path_facts", "state_bytes", "wave_bytes"]
@@ -57,6 +58,7 @@ def kind_facts(
                 "bytes": moved,
                 "weight_bytes": weights,
                 "result_bytes": result_bytes(kind),
+                **work_of(kind.body.graph.nodes),
                 "unbatchable": kind.unbatchable or obstacles.get(kind.index),
                 "differs": differs,
             }

@@ -14,7 +14,17 @@ from torch import nn
 
 from diagpass.capture.marks import module_of, source_line
 
-__all__ = ["Ends", "crossing", "line_of", "module_at", "operation", "place", "reaches", "short"]
+__all__ = [
+    "Ends",
+    "crossing",
+    "line_of",
+    "module_at",
+    "operation",
+    "place",
+    "reaches",
+    "short",
+    "short_lines",
+]
 
 _LINE = re.compile(r"([^\s()'\"]+\.py):(\d+)")
 
@@ -30,6 +40,11 @@ def short(line: str | None) -> str | None:
         if found:
             here = rest
     return f"{here}:{number}"
+
+
+def short_lines(text: str) -> str:
+    """A text with each ``file.py:line`` in it made :func:`short`."""
+    return _LINE.sub(lambda found: short(found[0]) or found[0], text)
 
 
 def place(node: fx.Node | None) -> dict[str, Any] | None:

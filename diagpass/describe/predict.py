@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from diagpass.errors import BatchingError
 from diagpass.ir import Kind
 from diagpass.lowering.batch import batch_kind
+from diagpass.stages import say
 
 __all__ = ["obstacles"]
 
@@ -15,6 +16,7 @@ def obstacles(kinds: Iterable[Kind]) -> dict[int, str]:
     """Kinds without a batched form, each with the reason; kinds of one cell are not asked."""
     found = {}
     for kind in kinds:
+        say(f"batch: kind{kind.index}")
         if len(kind.cells) < 2:
             continue
         pairs = [slot.sources[:2] for slot in kind.slots]

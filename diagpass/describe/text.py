@@ -11,28 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from diagpass.describe.estimate import total_flops
 from diagpass.describe.figures import count, letter, ranges, size, work
+from diagpass.describe.places import short_lines
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 __all__ = ["as_html", "as_rich", "as_text", "sections"]
 
+MOST_WIDTHS = 6
 MOST_KINDS = MOST_FORMS = 12  # more are counted, not listed
 
 
 def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
     """The parts of a report, in the order in which they are read."""
     r = report
-    yield "verdict", [f"{r.verdict} ({r.reason})" if r.reason else f"{r.verdict}: {_outcome(r)}"]
+    yield "verdict", list(_verdict(r))
     if r.cells:
-        covered = r.coverage
-        yield (
-            "coverage",
-            [
-                f"{covered['batched_cells']:,} of {r.cells:,} cells batched, {count(r.waves, 'wave')}, "
-                f"mean width {r.mean_width:.2f}, max width {r.max_width}"
-            ],
-        )
+        yield "coverage", list(_coverage(r))
         yield (
             "grid",
             [
@@ -44,7 +39,10 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
         yield "critical path", list(_path(r))
         yield "blocking", list(_blocking(r))
     if r.chain is not None:
-        yield "chain", [str(r.chain)]
+        about = (
+            "a chain is an edge from a layer to a lower one at a later segment, which so cannot begin before"
+        )
+        yield "chain", [str(r.chain), about]
     if r.refusals:
         yield "refused", [_refusal(each) for each in r.refusals]
     if r.cells:
@@ -53,6 +51,8 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
         yield "forms", list(_forms(r.forms))
     if r.times:
         yield "times", list(_times(r))
+    if r.measured is not None:
+        yield "measured", list(_measured(r.measured))
     if r.ran is not None:
         yield (
             "ran",
@@ -66,6 +66,28 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
         yield "note", [note]
 
 
+def _verdict(r: Any) -> Iterator[str]:
+    if r.reason is None:
+        yield f"{r.verdict}: {_outcome(r)}"
+        return
+    yield f"{r.verdict} ({short_lines(r.reason)})"
+    if r.ran != "wavefront":
+        yield "so diagpass runs the model as it stands: same results, same speed"
+
+
+def _coverage(r: Any) -> Iterator[str]:
+    batched = r.coverage["batched_cells"]
+    yield (
+        f"{batched:,} of {r.cells:,} cells batched, {count(r.waves, 'wave')}, "
+        f"mean width {r.mean_width:.2f}, max width {r.max_width}"
+    )
+    if r.verdict == "wavefront" and batched < r.cells:
+        refused = sum(kind["cells"] for kind in r.kinds if kind["unbatchable"])
+        alone = r.cells - batched - refused
+        if alone > 0:
+            yield f"{count(alone, 'cell')} run alone: no other of the same kind is in the same wave"
+
+
 def _outcome(r: Any) -> str:
     narrow = "" if r.waves >= r.cells else f" instead of {r.cells:,} steps one after the other"
     return f"the cells run in {count(r.waves, 'wave')}{narrow}, with the results of the model as it stands"
@@ -73,10 +95,38 @@ def _outcome(r: Any) -> str:
 
 def _times(r: Any) -> Iterator[str]:
     flops = total_flops(r.kinds)
-    yield f"measured; the cells have {work(flops)} of matrix products"
+    yield f"measured unless it says estimated; the cells have {work(flops)} of matrix products"
     for name, seconds in r.times.items():
         rate = f", {work(flops / seconds)}/s" if seconds and flops else ""
         yield f"{name} {1e3 * seconds:,.2f} ms{rate}"
+    sequential, wavefront = r.times.get("sequential"), r.times.get("wavefront")
+    if sequential and wavefront:
+        yield f"sequential / wavefront: x{sequential / wavefront:.2f} (above 1 the wavefront is faster)"
+
+
+def _measured(found: dict[str, Any]) -> Iterator[str]:
+    clock = "events" if found["clock"] == "events" else "the wall clock"
+    waves = found["waves"]
+    inside = sum(wave["end"] - wave["begin"] for wave in waves)
+    rest = max(found["seconds"] - inside, 0.0)
+    yield (
+        f"one call on {found['device']} by {clock}: {1e3 * found['seconds']:,.2f} ms, "
+        f"{1e3 * inside:,.2f} ms of it in {count(len(waves), 'wave')}, {1e3 * rest:,.2f} ms around them"
+    )
+    if found["matmul_rate"] and found["fraction"] is not None:
+        yield (
+            f"{100 * found['fraction']:.3g} % of the {work(found['matmul_rate'])}/s that large "
+            f"{found['matmul_dtype']} matrix products sustain here"
+        )
+    shown = sorted(found["widths"], key=lambda each: -each["waves"] * each["median_seconds"])[:MOST_WIDTHS]
+    for each in sorted(shown, key=lambda each: each["width"]):
+        rate = "" if each["fraction"] is None else f", {100 * each['fraction']:.3g} % of that rate"
+        yield (
+            f"width {each['width']}: {count(each['waves'], 'wave')}, median "
+            f"{1e3 * each['median_seconds']:,.3f} ms{rate}"
+        )
+    if len(found["widths"]) > len(shown):
+        yield f"and {count(len(found['widths']) - len(shown), 'width')} more that take less"
 
 
 def _forms(forms: list[dict[str, Any]]) -> Iterator[str]:
@@ -131,7 +181,10 @@ def _path(r: Any) -> Iterator[str]:
 def _blocking(r: Any) -> Iterator[str]:
     block = r.blocking
     if block is None:
-        yield "no edge; without layers above each other and state per layer it would be another model"
+        yield (
+            "no edge: nothing makes the path longer but what every recurrent stack has, the layer below and "
+            "a layer's own state"
+        )
         return
     yield (
         f"{count(block['count'], 'edge')} {block['reach']}; without them {block['waves_without']:,} waves "

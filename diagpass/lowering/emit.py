@@ -2,13 +2,15 @@
 
 Its inputs are those of the functional graph followed by the weight stacks. Each group is one call of a
 submodule ``kind0_w3`` (kind 0, three cells), which takes the operands of its slots and returns a tuple
-of stacked results. Between the calls there is glue, and the gathering of operands: a slice where the
-rows lie side by side in one stacked result (no copy), a ``cat`` of such slices elsewhere.
+of stacked results; its ``meta["group"]`` is the :class:`~diagpass.ir.Group`, and the ``meta["wave"]`` of all
+nodes made for a wave its number. Between the calls there is glue, and the gathering of operands: a slice
+where the rows lie side by side in one stacked result (no copy), a ``cat`` of such slices elsewhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from diagpass.errors import BatchingError
 from diagpass.ir import CellGraph, Group, Kind, Schedule
 from diagpass.lowering.batch import batch_kind, device_of
 from diagpass.lowering.weights import WeightPlan
+from diagpass.stages import say
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -103,8 +106,11 @@ class _Emitter:
                 placeholder.meta = dict(node.meta)
         self.stacks = [self.graph.placeholder(f"stack_{at}") for at in range(len(self.weights.stacks))]
         for self.wave, wave in enumerate(schedule.waves):
+            before = len(self.graph.nodes)
             for group in wave.groups:
                 self._group(group)
+            for node in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):
+                node.meta["wave"] = self.wave
         self._output(source.graph)
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, class_name="Wavefront")
@@ -169,12 +175,14 @@ class _Emitter:
                 self.batched_cells += len(members) if len(members) > 1 else 0
                 return
         for place, member in enumerate(members):
-            self._single(kind, member, [items[place] for items in sources])
+            alone = Group(group.kind, (group.cells[place],))
+            self._single(kind, alone, member, [items[place] for items in sources])
 
     def _form(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> tuple[bool, ...] | None:
         """Trace the batched form once; None if the kind has none (said once in the notes)."""
         key = (kind.index, width, shared)
         if key not in self.forms:
+            say(f"batch: kind{kind.index} for {width} cells")
             try:
                 traced, stacked = batch_kind(kind, width, shared)
             except BatchingError as error:
@@ -214,14 +222,14 @@ class _Emitter:
             else:
                 operands.append(self._gather(kind, at, group.cells, items))
         width = len(members)
-        call = self._call(self._name(kind, width, shared), operands, len(kind.outputs))
+        call = self._call(self._name(kind, width, shared), group, operands, len(kind.outputs))
         for result, is_stacked, nodes in zip(call, stacked, kind.outputs, strict=True):
             for row, member in enumerate(members):
                 node = nodes[member]
                 if node is not None:
                     self.values[node] = _Row(result, row, width) if is_stacked else result
 
-    def _single(self, kind: Kind, member: int, sources: list[Any]) -> None:
+    def _single(self, kind: Kind, group: Group, member: int, sources: list[Any]) -> None:
         name = f"kind{kind.index}"
         if not hasattr(self.root, name):
             self.root.add_module(name, self.wrap(kind.body, name))
@@ -229,16 +237,17 @@ class _Emitter:
             source if slot.literal else self._value(source)
             for slot, source in zip(kind.slots, sources, strict=True)
         ]
-        results = self._call(name, operands, len(kind.outputs))
+        results = self._call(name, group, operands, len(kind.outputs))
         for result, nodes in zip(results, kind.outputs, strict=True):
             node = nodes[member]
             if node is not None:
                 self.values[node] = result
 
-    def _call(self, name: str, operands: list[Any], results: int) -> list[fx.Node]:
+    def _call(self, name: str, group: Group, operands: list[Any], results: int) -> list[fx.Node]:
         call = self.graph.create_node(
             "call_module", name, tuple(operands), {}, name=f"wave{self.wave}_{name}"
         )
+        call.meta["group"] = group
         return [self.graph.call_function(operator.getitem, (call, at)) for at in range(results)]
 
     def _gather(self, kind: Kind, slot: int, cells: Sequence[int], sources: list[fx.Node]) -> fx.Node:

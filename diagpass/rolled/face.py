@@ -46,6 +46,7 @@ from diagpass.rolled.summary import narrowness, rolled_report
 from diagpass.rolled.undo import Undo
 from diagpass.rolled.values import listening
 from diagpass.rolled.view import Carried, View
+from diagpass.stages import say
 from diagpass.state import Memos, Snapshot
 from diagpass.transformed import (
     CaptureFailed,
@@ -397,6 +398,7 @@ class TransformedLoop(Transformed):
         asked about each, for others may have changed what guards ask about.
         """
         for segment in segments:
+            say("segments", run.segments, len(segments) if isinstance(segments, list) else 0)
             self._check_width(run)  # before: a stream that stops here runs this segment as it stands
             segment = tree_map(functools.partial(_fixed, own=stream), segment)
             if run.writer is not None:

@@ -26,6 +26,7 @@ from diagpass.rolled.values import Box
 from diagpass.runtime.compiled import InductorKind
 from diagpass.runtime.forms import Forms, Traced
 from diagpass.runtime.stacks import WeightStacks
+from diagpass.stages import say
 
 log = logging.getLogger(__name__)
 
@@ -371,6 +372,7 @@ class Kinds:
         self, kind: Kind, width: int, shared: tuple[bool, ...], key: tuple
     ) -> tuple[fx.GraphModule, tuple[bool, ...]] | None:
         if key not in self._traced:
+            say(f"batch: kind{kind.index} for {width} cells")
             try:
                 self._traced[key] = batch_kind(kind, width, shared)
             except BatchingError as error:

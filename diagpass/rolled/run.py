@@ -18,7 +18,7 @@ import logging
 import operator
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +36,7 @@ from diagpass.rolled.undo import Undo
 from diagpass.rolled.values import NOW, Box, aggregate, derived, read, union
 from diagpass.rolled.view import View
 from diagpass.rolled.waves import PendingCell, runner
+from diagpass.runtime.clock import clock_of_wave
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Run:
         self.state_bytes = 0  # what comes in from the segment before, at most
         self.seconds = 0.0
         self.layers: set[int] = set()
+        self.programs: Counter[StepProgram] = Counter()  # how many segments each has recorded
         self.grid: list[tuple[int, int, int, int]] = []  # segment, layer, cell number, wave
         self.edges: list[frozenset[int]] = []
         self._floor = 0
@@ -169,6 +171,7 @@ class Run:
             if found is None:
                 found = derived(_piece, boxes[source], dim, start, stop, drop)
             boxes[node] = found
+        self.programs[program] += 1
         floor, base = self._floor, None
         for unit in program.units:
             if isinstance(unit, Lump):
@@ -568,7 +571,8 @@ class Run:
             self.widest = max(self.widest, len(part))
             if self.dry:
                 continue
-            self.batched_cells += runner(self.kinds, self.max_width)(part)
+            with clock_of_wave():
+                self.batched_cells += runner(self.kinds, self.max_width)(part)
 
 
 def _run_glue(function: Callable[..., Any], *values: Any) -> list[Any]:

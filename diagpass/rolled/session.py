@@ -21,6 +21,7 @@ from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import Refused, StepProgram, make_program
 from diagpass.rolled.run import Run
 from diagpass.rolled.score import Scores
+from diagpass.stages import say
 from diagpass.state import Snapshot
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class StepSession:
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's call: one behaviour of the step in, what records a segment of it out."""
         self.captures += 1
+        say(f"capture: behaviour {self.captures} of the step")
         obstacle = self._obstacle()
         if obstacle is not None:
             raise Refused(Refusal(f"the step cannot be captured soundly: {obstacle}", CaptureError))

@@ -7,11 +7,13 @@ from typing import Any
 from diagpass.capture.marks import source_line
 from diagpass.describe.advice import advise
 from diagpass.describe.facts import block_facts, kind_facts, path_facts, wave_bytes
+from diagpass.describe.work import total_work, work_of
 from diagpass.errors import ChainError
 from diagpass.ir import Cell, Edge
 from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
 from diagpass.report import Report, coverage_facts, refusal_facts
 from diagpass.rolled.forecast import Prediction, ends, input_names, predict, weight_bytes
+from diagpass.rolled.program import Lump
 from diagpass.rolled.run import Run
 
 __all__ = ["narrowness", "rolled_report"]
@@ -123,6 +125,12 @@ def rolled_report(run: Run | None, session: Any, refusal: Refusal | None, ran: s
             "state": run.state_bytes,
             "wave": wave_bytes(schedule, facts),
         },
+        glue=total_work(
+            (work_of(unit.module.graph.nodes), times)
+            for program, times in run.programs.items()
+            for unit in program.units
+            if isinstance(unit, Lump)
+        ),
         captures=session.captures,
         plans=plans,
         forms=[] if run.dry else kinds.form_facts(),

@@ -20,6 +20,7 @@ from diagpass.ir import Kind
 from diagpass.rolled.kinds import Into, Kinds
 from diagpass.rolled.values import Box, Row, gather, listener, parts_of, runs_of
 from diagpass.runtime.buffers import Buffers
+from diagpass.runtime.clock import clock_of_groups
 from diagpass.runtime.replay import CudaRecorder, Recorder, Replays
 from diagpass.runtime.stacks import ALIGNMENT
 
@@ -56,8 +57,13 @@ class Direct:
         """Run cells that do not depend on each other; how many of them ran batched."""
         groups = self.kinds.groups(tuple(cell.number for cell in cells))
         return sum(
-            self.group(kind, [cells[at] for at in positions], members) for kind, positions, members in groups
+            self.timed(kind, [cells[at] for at in positions], members) for kind, positions, members in groups
         )
+
+    def timed(self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]) -> int:
+        """:meth:`group`, under the clock if somebody measures."""
+        with clock_of_groups((kind, cells)):
+            return self.group(kind, cells, members)
 
     def group(self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]) -> int:
         """Run cells of one kind; how many of them ran batched."""
@@ -183,13 +189,14 @@ class Replayed:
             group = [cells[at] for at in positions]
             job = self._job(kind, group, members, shelf)
             if job is None:
-                batched += self._direct.group(kind, group, members)
+                batched += self._direct.timed(kind, group, members)
             else:
                 jobs.append((job, kind, group, members))
                 batched += len(group) if len(group) > 1 else 0
         if jobs:
             work = WaveWork([job for job, *_ in jobs])
-            again = self.replays.run(work.key, work)
+            with clock_of_groups(*((kind, group) for _, kind, group, _ in jobs)):
+                again = self.replays.run(work.key, work)
             if writer is not None:
                 writer.launched(again)
         for job, kind, group, members in jobs:

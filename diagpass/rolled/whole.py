@@ -35,6 +35,7 @@ from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight
 from diagpass.rolled.session import StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
+from diagpass.stages import say
 from diagpass.state import Snapshot
 from diagpass.transformed import (
     CaptureFailed,
@@ -362,6 +363,7 @@ class TransformedModel(Transformed):
     def _record(self, outer: Outer, args: tuple, kwargs: dict) -> Any:
         """One segment."""
         run, session = outer.run, self._rolled
+        say("segments", run.segments)
         self._check_width(outer)
         entry = self._step_entry
         if entry is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.fx as fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from diagpass.errors import DiagpassWarning
+from diagpass.stages import say
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class InductorKind(torch.nn.Module):
         super().__init__()
         self.graph_module = graph
         self.name = name
+        self.place: tuple[int, int] = 0, 0  # of how many that are compiled; 0 if not known
         self._compiled: Any = None
         self._strides: list[tuple[int, ...] | None] = []
 
@@ -43,6 +46,7 @@ class InductorKind(torch.nn.Module):
     def _compile(self, operands: tuple) -> None:
         from torch._inductor import compile as compile_graph
 
+        say(f"compile: {self.name}", *self.place)
         begin = time.perf_counter()
         self._strides = [
             operand.stride() if isinstance(operand, torch.Tensor) else None for operand in operands
@@ -52,7 +56,7 @@ class InductorKind(torch.nn.Module):
                 # The first call of an AOT program runs under a dispatch mode that watches custom operators.
                 with _disable_current_modes(), torch.no_grad():
                     self._compiled = compile_graph(self.graph_module, list(operands))
-                log.debug("compiled %s in %.1f s", self.name, time.perf_counter() - begin)
+                log.info("compiled %s in %.1f s", self.name, time.perf_counter() - begin)
                 return
             except Exception as error:  # Inductor raises what it likes; the graph itself is sound
                 warnings.warn(
@@ -62,6 +66,13 @@ class InductorKind(torch.nn.Module):
                     stacklevel=2,
                 )
         self._compiled = self.graph_module
+
+
+def number_in_turn(modules: Iterable[torch.nn.Module]) -> None:
+    """Let the graphs that are to be compiled know how many they are, for whoever watches."""
+    kinds = [module for module in modules if isinstance(module, InductorKind)]
+    for at, kind in enumerate(kinds):
+        kind.place = at, len(kinds)
 
 
 def _laid_out(operand: Any, stride: tuple[int, ...] | None) -> Any:

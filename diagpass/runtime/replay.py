@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from diagpass.stages import say
+
 log = logging.getLogger(__name__)
 
 MOST = 512  # graphs that are kept; keys that were seen once count, too
@@ -59,6 +61,7 @@ class Replays:
             self.launched += 1
             work()
             return None
+        say("record waves as CUDA graphs", self.recorded)
         try:
             again = self._known[key] = self._recorder.record(work)
             self.recorded += 1
