@@ -26,7 +26,7 @@ from tests import rolled_models as models
 from tests.helpers import assert_same, assert_state_same, assert_tree_same, fast_copy
 from tests.models import ZOO
 from tests.rolled_models import B, D, L, T
-from tests.test_replay import Tape
+from tests.tape import Tape
 
 CPU = torch.device("cpu")
 FORMS = ("batched", "looped", "single")
