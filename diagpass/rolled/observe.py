@@ -1,7 +1,8 @@
 """Which module runs one segment of a model's own loop, and how often: seen in a run of the model.
 
 A *family* is two or more modules of one class whose paths differ only in digits. The *step* is the outermost
-submodule that is called at least twice in one forward and has a family inside itself.
+submodule that is called at least twice in one forward and has a family inside itself. A layer is none, though
+it may have a family of norms, say, inside: its own family is called by the loop.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -105,9 +107,12 @@ def observe(model: nn.Module, args: tuple, kwargs: dict, globs: Collection[str] 
     thread = threading.get_ident()
 
     def step() -> str | None:
+        called = {chain[-1] for chain in calls}
+        layers = {member for members in known for member in members if len(members & called) >= 2}
         for chain in sorted(calls, key=len):
-            if calls[chain] >= 2 and holds.get(chain[-1]) and chain[-1] not in chain[:-1]:
-                return paths[chain[-1]]
+            last = chain[-1]
+            if calls[chain] >= 2 and holds.get(last) and last not in chain[:-1] and last not in layers:
+                return paths[last]
         return None
 
     def before(module: nn.Module, _: Any) -> None:
@@ -133,7 +138,7 @@ def observe(model: nn.Module, args: tuple, kwargs: dict, globs: Collection[str] 
     ]
     complete, guard = True, _Guard(model)
     try:
-        with torch.no_grad(), guard:
+        with torch.no_grad(), guard, _DataGuard(guard):
             model(*args, **kwargs)
     except _Enough:
         complete = False
@@ -157,3 +162,17 @@ class _Guard(TorchDispatchMode):
             self.stopped = True
             raise _Enough
         return func(*args, **kwargs)
+
+
+class _DataGuard(TorchFunctionMode):
+    """Stops before a weight is given other memory (``weight.data = ...``)."""
+
+    def __init__(self, guard: _Guard) -> None:
+        super().__init__()
+        self.guard = guard
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], nn.Parameter):  # type: ignore[attr-defined]
+            self.guard.stopped = True
+            raise _Enough
+        return func(*args, **(kwargs or {}))

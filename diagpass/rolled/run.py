@@ -540,7 +540,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _fill(token: torch.Tensor, value: torch.Tensor) -> None:
-    with torch.no_grad():
+    with torch.inference_mode(token.is_inference()), torch.no_grad():
         if 0 in token.stride() and token.numel() > 0:
             token.set_(restride(value, token.stride(), True))
         else:

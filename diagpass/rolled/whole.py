@@ -35,6 +35,7 @@ from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight
 from diagpass.rolled.session import StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
+from diagpass.rolled.undo import Undo
 from diagpass.state import Snapshot
 from diagpass.transformed import (
     CaptureFailed,
@@ -123,6 +124,7 @@ class TransformedModel(Transformed):
                 with torch.no_grad():
                     _, run = self._deferred(args, kwargs, self._options.max_width)
                 self._remember(run, None)
+                _undo(run)
             except _STOPS as stopped:
                 before.restore(keep_setup=True)
                 self._refuse_because(stopped, key)
@@ -162,19 +164,22 @@ class TransformedModel(Transformed):
                     before.restore()
                 return {name: {"batched": error} for name, error in errors.items()}
 
-            def run(call: Callable[[], Any]) -> dict[str, torch.Tensor]:
+            def run(call: Callable[[], tuple[Any, OuterRun | None]]) -> dict[str, torch.Tensor]:
                 try:
                     with torch.no_grad():
-                        return named_results(call(), model)
+                        result, done = call()
+                        found = named_results(result, model)
+                    _undo(done)
+                    return found
                 finally:
                     before.restore(keep_setup=True)
 
             try:
-                unbatched = run(lambda: self._deferred(args, kwargs, 1)[0])
-                batched = run(lambda: self._deferred(args, kwargs, self._options.max_width)[0])
+                unbatched = run(lambda: self._deferred(args, kwargs, 1))
+                batched = run(lambda: self._deferred(args, kwargs, self._options.max_width))
             except _STOPS as stopped:
                 raise SequentialError(f"there is no wavefront to verify: {stopped}") from None
-            sequential = run(lambda: model(*args, **kwargs))
+            sequential = run(lambda: (model(*args, **kwargs), None))
             exact = run_in_double(model, args, kwargs)
             return compare(sequential, unbatched, batched, exact)
 
@@ -287,11 +292,20 @@ class TransformedModel(Transformed):
         warmed = False
         while True:
             run = OuterRun(self._rolled.kinds, max_width)
+            run.undo = Undo(whole=False)
             outer = Outer(run, self._original)
             try:
                 with self._recording(outer), outer.watching():
                     result = self._original(*args, **kwargs)
-            except Exception as error:
+                if outer.failed is not None:  # and the model went on
+                    raise outer.failed
+                if not run.segments:
+                    raise Conflict(f"{self._step} was not called")
+                self._check_width(outer)
+                outer.end()
+                return result, run
+            except BaseException as error:
+                run.undo.restore()
                 stopped = outer.failed or error
                 if isinstance(stopped, NotAWeight):
                     before.restore(keep_setup=True)
@@ -306,13 +320,6 @@ class TransformedModel(Transformed):
                     before.restore(keep_setup=True)
                     continue
                 raise stopped from None if stopped is not error else error.__cause__
-            if outer.failed is not None:
-                raise outer.failed
-            if not run.segments:
-                raise Conflict(f"{self._step} was not called")
-            self._check_width(outer)
-            outer.end()
-            return result, run
 
     def _warm_up(self, args: tuple, kwargs: dict) -> None:
         """Run the step once as it stands."""
@@ -363,15 +370,19 @@ class TransformedModel(Transformed):
         """One segment."""
         run, session = outer.run, self._rolled
         self._check_width(outer)
-        entry = self._step_entry
-        if entry is None:
-            entry = make_entry(_from_root(self._original, self._step), session)  # type: ignore[arg-type]
-            self.__dict__["_step_entry"] = entry
+        if self._step_entry is None:
+            forward: Any = _from_root(self._original, self._step)  # type: ignore[arg-type]
+            self.__dict__["_step_entry"] = forward, make_entry(forward, session)
+        forward, entry = self.__dict__["_step_entry"]
         try:
             args, kwargs = tree_map(functools.partial(self._fixed, run), (args, kwargs))
         except TypeError as error:
             raise Conflict(f"an input of the step cannot be taken apart: {error}") from None
         run.guard_inputs((args, kwargs))
+        run.scope = {"model": forward, "args": args, "kwargs": kwargs}
+        session.carried = args, kwargs
+        if isinstance(run.undo, Undo):
+            run.undo.roots = session.carried
         captures = session.captures
         config: Any = torch._dynamo.config
         learning = run.fresh_captures < MAX_FRESH
@@ -385,7 +396,7 @@ class TransformedModel(Transformed):
                 f"{dynamo.changed(error)}"
             ) from None
         finally:
-            session.run = None
+            session.run, session.carried, run.scope = None, (), {}
         if run.has_own_memory(result):
             run.outputs(tree_leaves(result))
         fresh = session.captures > captures
@@ -426,6 +437,12 @@ def _from_root(model: nn.Module, path: str) -> Callable[..., Any]:
         return module.forward(*args, **kwargs)
 
     return forward
+
+
+def _undo(run: OuterRun | None) -> None:
+    """Put back what the step changed in objects that it was given."""
+    if run is not None and isinstance(run.undo, Undo):
+        run.undo.restore()
 
 
 class _WarmedUp(BaseException):
