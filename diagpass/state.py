@@ -26,8 +26,8 @@ class Snapshot:
     """Everything reachable from some roots (a model, its inputs) that a call may change.
 
     Containers (module attributes, dicts, lists, sets, deques, plain objects) are remembered shallowly,
-    tensors that are not parameters and NumPy arrays by value, random number generators (the global ones and
-    those that are reached) by their state.
+    tensors that are not parameters, gradients and NumPy arrays by value, random number generators (the global
+    ones and those that are reached) by their state.
 
     Parameters
     ----------
@@ -41,6 +41,7 @@ class Snapshot:
         self._values = values
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor, int | None, bool]] = []
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Callable[[Any], Any], Any]] = []
         self._seen: set[int] = set()
@@ -97,6 +98,8 @@ class Snapshot:
                     tensor.resize_(value.shape)
                 if version is None or tensor._version != version or not torch.equal(tensor, value):
                     tensor.copy_(value)
+        for tensor, gradient in self._gradients:
+            tensor.grad = gradient
         for array, value in self._arrays:
             array[...] = value
         for set_state, generator_state in self._generators:
@@ -116,6 +119,9 @@ class Snapshot:
                 continue
             self._seen.add(id(item))
             if isinstance(item, torch.Tensor):
+                if self._values and item.is_leaf and item.requires_grad:
+                    self._gradients.append((item, item.grad))
+                    pending.append(item.grad)
                 if self._values and not isinstance(item, torch.nn.Parameter):
                     version = None if item.is_inference() else item._version
                     self._tensors.append((item, item.detach().clone(), version, item.requires_grad))
