@@ -20,6 +20,8 @@ import torch.fx as fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.torch_version import TorchVersion
 
+from diagpass.capture.marks import spoken
+
 _TRACES_GRADIENTS = TorchVersion(torch.__version__) >= TorchVersion("2.13")
 MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of 8
 
@@ -180,7 +182,8 @@ def _existing(found: Callable[[Any, Any, Any], bool]) -> Iterator[tuple[str, Any
             continue
         if found(effects, variable, objects[number]):
             attributes = effects.store_attr_mutations.get(variable, ())
-            yield ", ".join(f"{name}.{attribute}" for attribute in attributes) or name, objects[number]
+            said = spoken(name)
+            yield ", ".join(f"{said}.{attribute}" for attribute in attributes) or said, objects[number]
 
 
 def graph_break() -> tuple[str, str] | None:

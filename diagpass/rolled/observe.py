@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diagpass.rolled.writes import writes_weights
+from diagpass.rolled.writes import memory, writes_weights
 from diagpass.state import Snapshot
 
 __all__ = ["Found", "bound", "families", "observe"]
@@ -43,12 +42,16 @@ class Found:
     writes_weights
         Whether it was stopped because the model was about to write into its own parameters, which are not
         put back.
+    higher_order
+        A higher-order operator that runs outside of the step, such as ``cond``, or None: it is compiled where
+        it is called, which cannot be done under the modes that watch the loop.
     """
 
     step: str | None
     cells: int
     complete: bool
     writes_weights: bool = False
+    higher_order: str | None = None
 
 
 class _Enough(BaseException):
@@ -132,47 +135,53 @@ def observe(model: nn.Module, args: tuple, kwargs: dict, globs: Collection[str] 
             stack.pop()
 
     state = Snapshot(model, args, kwargs)
+    weights = [(weight, weight.data) for weight in model.parameters()]
     handles = [
         hooks.register_module_forward_pre_hook(before),
         hooks.register_module_forward_hook(after, always_call=True),
     ]
-    complete, guard = True, _Guard(model)
+    complete, guard = True, _Guard(model, stack)
     try:
-        with torch.no_grad(), guard, _DataGuard(guard):
+        with torch.no_grad(), guard:
             model(*args, **kwargs)
     except _Enough:
         complete = False
+    except BaseException:
+        state.restore()
+        raise
     finally:
         for handle in handles:
             handle.remove()
+    replaced = [(weight, data) for weight, data in weights if memory(weight) != memory(data)]
+    for weight, data in replaced:
+        weight.data = data
     state.restore(keep_setup=True)
-    return Found(step(), max(counts, default=0), complete, guard.stopped)
+    found = step()
+    inside = {member for member, path in paths.items() if path == found}
+    outside = next((name for name, chain in guard.higher_order if not inside & chain), None)
+    return Found(found, max(counts, default=0), complete, guard.stopped or bool(replaced), outside)
 
 
 class _Guard(TorchDispatchMode):
-    """Stops before a weight is written."""
+    """Stops before a weight is written, and sees which modules higher-order operators run in."""
 
-    def __init__(self, model: nn.Module) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, stack: list[int]) -> None:
         super().__init__()
-        self.model, self.stopped = model, False
+        self.model, self.stopped, self.stack = model, False, stack
+        self.higher_order: list[tuple[str, frozenset[int]]] = []
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Whether Dynamo goes on to compile what it is asked to: else it would not do so ever after."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable and writes_weights(self.model, func, args, kwargs):
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            self.higher_order.append((func.name(), frozenset(self.stack)))
+        elif writes_weights(self.model, func, args, kwargs):
             self.stopped = True
             raise _Enough
         return func(*args, **kwargs)
-
-
-class _DataGuard(TorchFunctionMode):
-    """Stops before a weight is given other memory (``weight.data = ...``)."""
-
-    def __init__(self, guard: _Guard) -> None:
-        super().__init__()
-        self.guard = guard
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == torch.Tensor.data.__set__ and isinstance(args[0], nn.Parameter):  # type: ignore[attr-defined]
-            self.guard.stopped = True
-            raise _Enough
-        return func(*args, **(kwargs or {}))

@@ -111,6 +111,16 @@ class OuterRun(Run):
         """Whether what the token stands for shares memory with something else."""
         return id(token) in self._families
 
+    def tokens(self) -> list[torch.Tensor]:
+        """The tokens without contents."""
+        found = (reference() for reference, _ in self._pending.values())
+        return [token for token in found if token is not None and id(token) in self._tokens]
+
+    @property
+    def writes_any(self) -> bool:
+        """Whether a step writes memory in place, at the end of the call."""
+        return bool(self._written)
+
     def writes(self, tensor: torch.Tensor) -> bool:
         """Whether a step writes this memory in place, at the end of the call."""
         return bool(self._written) and tensor.untyped_storage().data_ptr() in self._written
@@ -255,6 +265,16 @@ class Outer:
         self.run.force(tokens)
         self._write_all()
         self._read.clear()
+
+    def know_all(self) -> None:
+        """Make all contents known: functions are about to run that may read any of them."""
+        if self.failed is not None:
+            raise self.failed
+        if not self.run.segments:
+            return
+        if self.run.writes_any:
+            self.fail("the model runs a higher-order operator between two steps that write in place")
+        self.force(self.run.tokens())
 
     def operation(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """One operation of the Python around the step."""
@@ -464,12 +484,18 @@ class _Later:
 
 
 class _Operations(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, outer: Outer) -> None:
         super().__init__()
         self.outer = outer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):  # such as cond
+            with torch._C.DisableTorchFunction():
+                self.outer.know_all()
+            return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # under inference mode composite operations arrive whole
                 made = func.decompose(*args, **kwargs)

@@ -26,6 +26,7 @@ import torch.fx as fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diagpass.capture import aliases
+from diagpass.capture.marks import spoken
 from diagpass.lowering.emit import restride
 from diagpass.pipeline import Refusal
 from diagpass.rolled.kinds import Kinds
@@ -126,7 +127,7 @@ class Run:
             self.undo.note(program.step.effects, self.scope)
         self._check_weights(program, args)
         for at in program.step.written:
-            self._check_write(program.step.names[at], args[at])
+            self._check_write(spoken(program.step.names[at]), args[at])
         inputs = [
             self.value_of(args[at]) if isinstance(args[at], torch.Tensor) else args[at]
             for at in program.moving
@@ -184,7 +185,8 @@ class Run:
                 raise NotAWeight([program.step.names[place] for place in replaced])
             for place, weight in zip(at, weights, strict=True):
                 if self._written and weight.untyped_storage().data_ptr() in self._written:
-                    raise Conflict(f"{program.step.names[place]} shares memory with what is written in place")
+                    name = spoken(program.step.names[place])
+                    raise Conflict(f"{name} shares memory with what is written in place")
             if self.kinds.use(program, weights) and self._weights_of:
                 raise Conflict("weights were replaced by the step itself")
             self._weights_of[program] = (at, weights)

@@ -93,6 +93,16 @@ class TransformedModel(Transformed):
                 before.restore(keep_setup=True)
                 self._refuse_because(stopped, key)
                 return self._original(*args, **kwargs)
+            except (NotImplementedError, RuntimeError) as error:  # the modes may be the cause
+                before.restore(keep_setup=True)
+                try:
+                    result = self._original(*args, **kwargs)
+                except BaseException:
+                    before.restore()
+                    raise
+                said = str(error).strip().split("\n")[0]
+                self._refuse_because(Conflict(f"{type(error).__name__}: {said}"), key)
+                return result
             except BaseException:
                 before.restore()
                 raise
@@ -222,6 +232,7 @@ class TransformedModel(Transformed):
     def _must_run_plainly(self, key: tuple, args: tuple, kwargs: dict) -> bool:
         """Whether this call is known not to be deferrable; says so once."""
         refusal = self._refused.get(key)
+        operator = self._found[key].higher_order if key in self._found else None
         if refusal is None and self._options.schedule == "sequential":
             refusal = Refusal("schedule='sequential' was asked for")
             self.__dict__["_last"] = self._sequential_report(refusal)
@@ -230,6 +241,11 @@ class TransformedModel(Transformed):
             refusal = Refusal(
                 "no module of the model runs one segment, and its cells are too many to capture one by one; "
                 "put what the loop does for a segment in a module of its own, or set the option loop='flat'"
+            )
+        if refusal is None and operator is not None:
+            refusal = Refusal(
+                f"the loop around {self._step} runs {operator}, which is compiled where it is called; call "
+                "it inside of the step"
             )
         if refusal is None and torch.is_grad_enabled():
             leaves = [*self._original.parameters(), *tree_leaves((args, kwargs))]

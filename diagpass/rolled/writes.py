@@ -58,4 +58,4 @@ _TRAINING = frozenset(("training", "train"))
 def writes_weights(model: torch.nn.Module, func: Any, args: tuple, kwargs: dict) -> bool:
     """Whether an operation writes in place into a parameter of the model."""
     written = {memory(tensor) for tensor in written_by(func, args, kwargs)}
-    return any(memory(weight) in written for weight in model.parameters())
+    return bool(written) and any(memory(weight) in written for weight in model.parameters())
