@@ -477,3 +477,168 @@ def test_a_layer_is_not_taken_for_the_step(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         assert_tree_same(fast(x), plain(x), 0.0, "output")
     assert fast.report.ran == "sequential"
+
+
+# ----------------------------------------------------------------------------- higher-order operators
+
+
+class Halves(nn.Module):
+    """A layer that calls `torch.cond`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.read = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, h: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + torch.tanh(self.inner(h) + self.read(memory).unsqueeze(1))
+        memory = torch.tanh(0.5 * memory + h.mean(1))
+        return h, torch.cond(memory.sum() > 0, lambda m: m * 0.5, lambda m: m * 2.0, (memory,))
+
+
+class CondStep(nn.Module):
+    def __init__(self, layer: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(3))
+
+    def forward(self, h: Tensor, state: list[Tensor] | None = None) -> Any:
+        memories = list(state or [h.new_zeros(2, D)] * 3)
+        for at, layer in enumerate(self.layers):
+            h, memories[at] = layer(h, memories[at])
+        return h, memories
+
+
+class CondLoop(nn.Module):
+    """`outside`: the loop calls it, too, with functions that read results without contents yet."""
+
+    def __init__(self, layer: type[nn.Module], outside: bool) -> None:
+        super().__init__()
+        self.step, self.outside = CondStep(layer).double(), outside
+
+    def forward(self, x: Tensor) -> Any:
+        outputs, state = [], None
+        for segment in x.split(T, 1):
+            y, state = self.step(segment, state)
+            if self.outside:
+                y = torch.cond(y.sum() > 0, lambda v, y=y: v + y, lambda v, y=y: v - y, (y * 0.5,))
+            outputs.append(y)
+        return torch.cat(outputs, 1), state
+
+
+class Flexible(Halves):
+    """A layer that calls `flex_attention` with a function of its own."""
+
+    def forward(self, h: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q = self.inner(h).unsqueeze(1)
+        h = h + flex_attention(q, q, q, score_mod=lambda s, b, n, i, j: s + 0.1 * (i - j)).squeeze(1)
+        return h, torch.tanh(0.5 * memory + self.read(h).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "outside", "ran"),
+    [
+        (Halves, False, "wavefront"),
+        (Halves, True, "sequential"),
+        pytest.param(Flexible, False, "wavefront", marks=pytest.mark.slow),
+    ],
+)
+def test_higher_order_operators(layer: type[nn.Module], outside: bool, ran: str) -> None:
+    """They compile themselves where they are called eagerly, now and afterwards."""
+    plain, x = CondLoop(layer, outside), tokens(5)
+    fast = fast_copy(plain, max_width=1, **ROLLED)
+    with torch.no_grad(), collect_warnings():
+        assert_tree_same(fast(x), plain(x), 0.0, "output")
+        assert fast.report.ran == ran, fast.report.reason
+        batched = fast_copy(plain, **ROLLED)
+        assert_tree_same(batched(x), plain(x), 1e-10, "output")
+
+
+class OnlyPlain(Whole):
+    """Raises while it is watched, as a library may that asks which modes are on."""
+
+    def end(self, outputs: list[Tensor]) -> Tensor:
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise NotImplementedError("not under a mode")
+        return torch.cat(outputs, 1)
+
+
+def test_what_fails_only_while_it_is_watched_runs_as_it_stands() -> None:
+    plain, x = OnlyPlain("attribute"), tokens(5)
+    fast = fast_copy(plain, **ROLLED)
+    fast.__dict__["_step"] = "step"  # as if it had been found by a call that did not fail
+    fast._renew_step()
+    with torch.no_grad(), pytest.warns(diagpass.DiagpassWarning, match="not under a mode"):
+        assert_tree_same(fast(x), plain(x), 0.0, "output")
+    assert_state_same(fast.original, plain)
+
+
+class Refuses(nn.Module):
+    """The state is kept outside, and changed."""
+
+    def forward(self, h: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        memory.mul_(0.5)
+        return h + memory.unsqueeze(1), memory
+
+
+def test_a_refusal_names_arguments_and_attributes_as_users_do() -> None:
+    plain, x = CondLoop(Refuses, False), tokens(4)
+    fast = fast_copy(plain, **ROLLED)
+    with torch.no_grad(), collect_warnings() as warned:
+        assert_tree_same(fast(x), plain(x), 0.0, "output")
+    assert fast.report.ran == "sequential"
+    assert "L[" not in fast.report.reason and warned, fast.report.reason
+
+
+class InPlaceLayer(nn.Module):
+    """Writes the memory that it is given in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.read = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, h: Tensor, memory: Tensor) -> Tensor:
+        h = h + torch.tanh(self.inner(h) + self.read(memory).unsqueeze(1))
+        memory.mul_(0.5).add_(h.mean(1))
+        return h
+
+
+class InPlaceStep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(InPlaceLayer() for _ in range(3))
+
+    def forward(self, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        for at, layer in enumerate(self.layers):
+            h = layer(h, state[:, :, at])
+        return h, state
+
+
+class GivenInPlace(nn.Module):
+    """The loop makes the state, a column a layer, and the step writes in it, as RWKV in transformers does.
+
+    `what` is given to the first step: memory of the loop's own, of the input, or a slice of the input.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.step, self.what = InPlaceStep().double(), what
+
+    def forward(self, x: Tensor) -> Any:
+        state = {"own": lambda: x.new_zeros(2, D, 3), "slice": lambda: x.mT[:, :, :3]}[self.what]()
+        outputs = []
+        for segment in x.split(T, 1):
+            output, state = self.step(segment, state)
+            outputs.append(output)
+        return torch.cat(outputs, 1), state
+
+
+@pytest.mark.parametrize("what", ["own", "slice"])
+def test_a_state_that_the_step_is_given_and_writes_in_place(what: str) -> None:
+    plain, x = GivenInPlace(what), tokens(6)
+    for width, bound in ((1, 0.0), (None, 1e-10)):
+        fast, mine, its = fast_copy(plain, max_width=width, **ROLLED), x.clone(), x.clone()
+        with torch.no_grad(), collect_warnings():
+            assert_tree_same(fast(mine), plain(its), bound, "output")
+        assert_tree_same(mine, its, bound, "input")
+        assert what != "own" or fast.report.ran == "wavefront", fast.report.reason

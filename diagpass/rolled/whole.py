@@ -390,11 +390,13 @@ class TransformedModel(Transformed):
             forward: Any = _from_root(self._original, self._step)  # type: ignore[arg-type]
             self.__dict__["_step_entry"] = forward, make_entry(forward, session)
         forward, entry = self.__dict__["_step_entry"]
+        given = tree_leaves((args, kwargs))
         try:
             args, kwargs = tree_map(functools.partial(self._fixed, run), (args, kwargs))
         except TypeError as error:
             raise Conflict(f"an input of the step cannot be taken apart: {error}") from None
-        run.guard_inputs((args, kwargs))
+        pairs = zip(given, tree_leaves((args, kwargs)), strict=True)
+        run.guard_inputs([leaf for before, leaf in pairs if leaf is not before])  # copies
         run.scope = {"model": forward, "args": args, "kwargs": kwargs}
         session.carried = args, kwargs
         if isinstance(run.undo, Undo):
