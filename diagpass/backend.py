@@ -93,6 +93,12 @@ class Session:
                 f"{bounded} is a deque with maxlen, which Dynamo captures wrongly when it is full; "
                 "use a list, or a deque without maxlen and popleft"
             )
+        owner = dynamo.accumulated_gradient(gm)
+        if owner is not None:
+            raise CaptureError(
+                f"backward() inside the model leaves gradients, perhaps on {attribute_path(owner)}; compute "
+                "them with torch.autograd.grad, which leaves nothing behind"
+            )
         if self.restart_for_counters:
             fresh = dynamo.counters() - self.symbols
             if fresh:

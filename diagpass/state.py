@@ -6,10 +6,12 @@ verification): the model is afterwards as if that run had not happened.
 
 from __future__ import annotations
 
+import functools
 import random
+import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ class Snapshot:
     """Everything reachable from some roots (a model, its inputs) that a call may change.
 
     Containers (module attributes, dicts, lists, sets, deques, plain objects) are remembered shallowly,
-    tensors that are not parameters by value, random number generators by their state.
+    tensors that are not parameters, gradients and NumPy arrays by value, random number generators (the global
+    ones and those that are reached) by their state.
 
     Parameters
     ----------
@@ -37,12 +40,18 @@ class Snapshot:
     def __init__(self, *roots: Any, values: bool = True) -> None:
         self._values = values
         self._containers: list[tuple[Any, Any]] = []
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor, int, bool]] = []
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor, int | None, bool]] = []
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._arrays: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[Callable[[Any], Any], Any]] = []
         self._seen: set[int] = set()
+        self._numpy: Any = sys.modules.get("numpy")
         self._python = random.getstate() if values else None
         self._cpu = torch.get_rng_state() if values else None
         initialised = torch.cuda.is_available() and torch.cuda.is_initialized()
         self._cuda = torch.cuda.get_rng_state_all() if initialised and values else None
+        if self._numpy is not None and values:
+            self._generators.append((self._numpy.random.set_state, self._numpy.random.get_state()))
         for root in roots:
             self._take(root)
 
@@ -81,16 +90,22 @@ class Snapshot:
                 new = {name: value for name, value in vars(container).items() if name not in content}
                 content = {**content, **{name: True for name, value in new.items() if value is True}}
             put_back(container, content)
-        with torch.no_grad():
-            for tensor, value, version, needed_grad in self._tensors:
+        for tensor, value, version, needed_grad in self._tensors:
+            with torch.inference_mode(version is None), torch.no_grad():
                 if tensor.requires_grad and not needed_grad:
                     tensor.detach_()
                 if tensor.shape != value.shape:
                     tensor.resize_(value.shape)
                 if tensor.is_meta:  # there is nothing in it
                     continue
-                if tensor._version != version or not torch.equal(tensor, value):
+                if version is None or tensor._version != version or not torch.equal(tensor, value):
                     tensor.copy_(value)
+        for tensor, gradient in self._gradients:
+            tensor.grad = gradient
+        for array, value in self._arrays:
+            array[...] = value
+        for set_state, generator_state in self._generators:
+            set_state(generator_state)
         if self._cpu is not None:
             torch.set_rng_state(self._cpu)
         if self._python is not None:
@@ -106,15 +121,38 @@ class Snapshot:
                 continue
             self._seen.add(id(item))
             if isinstance(item, torch.Tensor):
-                if self._values and not isinstance(item, torch.nn.Parameter) and not item.is_inference():
-                    value = item.detach().clone()
-                    self._tensors.append((item, value, item._version, item.requires_grad))
+                if self._values and item.is_leaf and item.requires_grad:
+                    self._gradients.append((item, item.grad))
+                    pending.append(item.grad)
+                if self._values and not isinstance(item, torch.nn.Parameter):
+                    version = None if item.is_inference() else item._version
+                    self._tensors.append((item, item.detach().clone(), version, item.requires_grad))
+                continue
+            if self._values and self._take_by_value(item):
                 continue
             content = contents_of(item)
             if content is None:
                 continue
             self._containers.append((item, content))
             pending.extend(_children(item))
+
+    def _take_by_value(self, item: Any) -> bool:
+        """Remember a NumPy array or a random number generator."""
+        numpy = self._numpy
+        if numpy is not None and isinstance(item, numpy.ndarray) and item.flags.writeable:
+            self._arrays.append((item, item.copy()))
+        elif isinstance(item, torch.Generator):
+            self._generators.append((item.set_state, item.get_state()))
+        elif isinstance(item, random.Random):
+            self._generators.append((item.setstate, item.getstate()))
+        elif numpy is not None and isinstance(item, numpy.random.RandomState):
+            self._generators.append((item.set_state, item.get_state()))
+        elif numpy is not None and isinstance(item, numpy.random.Generator):
+            bits = item.bit_generator
+            self._generators.append((functools.partial(setattr, bits, "state"), bits.state))
+        else:
+            return False
+        return True
 
 
 def _holds(item: Any, content: Any) -> bool:
@@ -172,9 +210,27 @@ def contents_of(item: Any) -> Any:
         return item.copy()
     if isinstance(item, tuple):
         return ()
-    if hasattr(item, "__dict__"):
-        return dict(vars(item))
+    if hasattr(item, "__dict__") or slots_of(type(item)):
+        return attributes_of(item)
     return None
+
+
+def attributes_of(item: Any) -> dict[str, Any]:
+    """What the attributes of an object hold: those in its ``__dict__`` and in the slots of its class."""
+    found = dict(getattr(item, "__dict__", ()))
+    found.update((name, getattr(item, name)) for name in slots_of(type(item)) if hasattr(item, name))
+    return found
+
+
+@functools.cache
+def slots_of(cls: type) -> tuple[str, ...]:
+    """The names of the slots of a class, its own and inherited ones; none of a class written in C."""
+    found: list[str] = []
+    for base in cls.__mro__:
+        names = vars(base).get("__slots__", ())
+        names = (names,) if isinstance(names, str) else tuple(names)
+        found += [name for name in names if isinstance(vars(base).get(name), types.MemberDescriptorType)]
+    return tuple(found)
 
 
 def _children(item: Any) -> Iterator[Any]:
@@ -182,8 +238,7 @@ def _children(item: Any) -> Iterator[Any]:
         yield from item.values()
     elif isinstance(item, (list, tuple, set, deque)):
         yield from item
-    if hasattr(item, "__dict__"):
-        yield from vars(item).values()
+    yield from attributes_of(item).values()
 
 
 def put_back(container: Any, content: Any) -> None:
@@ -200,8 +255,15 @@ def put_back(container: Any, content: Any) -> None:
         container.clear()
         container.extend(content)
     elif not isinstance(container, tuple):
-        vars(container).clear()
-        vars(container).update(content)
+        slots = slots_of(type(container))
+        if hasattr(container, "__dict__"):
+            vars(container).clear()
+            vars(container).update({name: value for name, value in content.items() if name not in slots})
+        for name in slots:
+            if name in content:
+                object.__setattr__(container, name, content[name])
+            elif hasattr(container, name):
+                object.__delattr__(container, name)
 
 
 def named_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -233,8 +295,8 @@ def named_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         elif isinstance(item, (list, tuple, deque)):
             for at, value in enumerate(item):
                 visit(f"{path}[{at}]", value)
-        elif hasattr(item, "__dict__"):
-            for name, value in vars(item).items():
+        else:
+            for name, value in attributes_of(item).items():
                 visit(f"{path}.{name}", value)
 
     visit("", module)

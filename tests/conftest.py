@@ -29,6 +29,7 @@ SAMPLED = {
     "test_a_width_cap_is_kept": 2,
     "test_ten_thousand_segments_in_constant_memory": 2,
     "test_inductor_gives_the_same_results": 2,
+    "test_loops_of_odd_shapes": 2,
 }
 
 

@@ -52,8 +52,9 @@ def leaves(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator
         yield path, str(value)
     elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
         yield f"{path}.type()", type(value).__name__
-        for name in sorted(vars(value)):
-            yield from leaves(vars(value)[name], f"{path}.{name}", seen)
+        names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+        for name in sorted({*names, *getattr(value, "__dict__", ())}):
+            yield from leaves(getattr(value, name), f"{path}.{name}", seen)
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:

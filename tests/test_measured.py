@@ -24,7 +24,7 @@ from diagpass.report import schema
 from diagpass.rolled import run as run_module
 from diagpass.runtime import clock as clock_module
 from diagpass.runtime.clock import Clock, measuring
-from tests import rolled_models, test_replay
+from tests import rolled_models, tape
 from tests.helpers import assert_state_same, assert_tree_same, clone_tree, fast_copy, forced, snapshot
 from tests.models import ZOO
 from tests.test_pictures import EVENT
@@ -91,7 +91,7 @@ def test_a_loop(name: str) -> None:
 def test_a_loop_whose_waves_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     def runner(kinds: Any, max_width: Any) -> Any:
         if kinds.runner is None:
-            kinds.runner = test_replay.Replayed(kinds, test_replay.Tape())  # type: ignore[arg-type]
+            kinds.runner = tape.Replayed(kinds, tape.Tape())  # type: ignore[arg-type]
         return kinds.runner
 
     monkeypatch.setattr(run_module, "runner", runner)

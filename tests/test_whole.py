@@ -266,16 +266,6 @@ class WritesWeight(Whole):
         return torch.cat(outputs, 1)
 
 
-class WritesResult(Whole):
-    def forward(self, x: Tensor) -> Tensor:
-        self.begin()
-        outputs = []
-        for segment in self.segments(x):
-            outputs.append(self.step(segment))
-            outputs[-1].mul_(2.0)
-        return torch.cat(outputs, 1)
-
-
 class ReadsBuffer(Whole):
     def forward(self, x: Tensor) -> Tensor:
         self.begin()
@@ -299,7 +289,7 @@ class Swallows(WritesInput):
         return torch.cat(outputs, 1)
 
 
-@pytest.mark.parametrize("kind", [WritesInput, WritesResult, ReadsBuffer, Swallows])
+@pytest.mark.parametrize("kind", [WritesInput, ReadsBuffer, Swallows])
 def test_writes_that_a_waiting_step_would_see(kind: type[Whole]) -> None:
     """All is put back, and the call runs as it stands."""
     with pytest.warns(DiagpassWarning, match=r"between two steps|in place"):

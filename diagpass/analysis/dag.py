@@ -61,6 +61,7 @@ def assign(graph: fx.Graph, proposal: Proposal, absorb: bool = True) -> tuple[Ow
         _absorb(graph, owner)
         _absorb_alike(graph, core, owner)
         owner = contract(graph, owner)
+    _adopt_items(graph, owner)
     _gather_glue(graph, owner)
     owner, calls = _renumber(graph, owner, calls)
     complete(graph, owner, calls)
@@ -183,6 +184,17 @@ def _adopt_constants(graph: fx.Graph, owner: Owner) -> None:
         users = {owner.get(user) for user in node.users}
         if len(users) == 1 and None not in users:
             owner[node] = users.pop()  # type: ignore[assignment]
+
+
+def _adopt_items(graph: fx.Graph, owner: Owner) -> None:
+    """The items of an operation with several results are where it is: only tensors leave a cell.
+
+    Indices that ``sort`` gives beside the values that go on, or what a norm saves for the backward pass, lead
+    to no other cell and would be left outside.
+    """
+    for node in graph.nodes:
+        if node.target is operator.getitem and node not in owner and node.args[0] in owner:
+            owner[node] = owner[node.args[0]]
 
 
 def _ancestors(graph: fx.Graph, owner: Owner) -> tuple[dict[fx.Node, int], dict[int, int]]:

@@ -17,8 +17,13 @@ from typing import Any
 
 import torch
 import torch._dynamo.config
+import torch.fx as fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.torch_version import TorchVersion
 
+from diagpass.capture.marks import spoken
+
+_TRACES_GRADIENTS = TorchVersion(torch.__version__) >= TorchVersion("2.13")
 MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of 8
 
 
@@ -49,13 +54,16 @@ def _pattern(symbols: frozenset[str]) -> str:
 def _patches(pattern: str) -> list[contextlib.AbstractContextManager]:
     config: Any = torch._dynamo.config
     compiler_config: Any = torch.compiler.config
-    common = config.patch(
-        allow_unspec_int_on_nn_module=True,
-        allow_rnn=True,
-        skip_nnmodule_hook_guards=False,
-        recompile_limit=MANY,
-        accumulated_recompile_limit=MANY,
-    )
+    wanted: dict[str, Any] = {
+        "allow_unspec_int_on_nn_module": True,
+        "allow_rnn": True,
+        "skip_nnmodule_hook_guards": False,
+        "recompile_limit": MANY,
+        "accumulated_recompile_limit": MANY,
+    }
+    if _TRACES_GRADIENTS:  # a memory that is trained as it runs
+        wanted["trace_autograd_ops"] = True
+    common = config.patch(**wanted)
     return [common, compiler_config.patch(dynamic_sources=pattern)] if pattern else [common]
 
 
@@ -110,6 +118,25 @@ def bounded_deque() -> str | None:
     return None
 
 
+def accumulated_gradient(gm: fx.GraphModule) -> str | None:
+    """A name for a tensor on which ``backward()`` in the captured frame may leave a gradient, or None.
+
+    Dynamo makes ``torch.autograd.grad`` of it, and attributes that are set. Only meaningful inside a backend
+    call.
+    """
+    if not gm.graph.find_nodes(op="call_function", target=torch.autograd.grad):
+        return None
+    try:
+        effects = InstructionTranslator.current_tx().output.side_effects
+    except (AttributeError, LookupError):
+        return None
+    for variable, attributes in effects.store_attr_mutations.items():
+        if "grad" in attributes and variable.source is not None:
+            with contextlib.suppress(NotImplementedError):  # made inside the frame
+                return source_name(variable.source)
+    return None
+
+
 def iterator() -> str | None:
     """A name for an iterator that outlives the captured frame, or None: capturing one advances it.
 
@@ -161,7 +188,8 @@ def _existing(found: Callable[[Any, Any, Any], bool]) -> Iterator[tuple[str, Any
             continue
         if found(effects, variable, objects[number]):
             attributes = effects.store_attr_mutations.get(variable, ())
-            yield ", ".join(f"{name}.{attribute}" for attribute in attributes) or name, objects[number]
+            said = spoken(name)
+            yield ", ".join(f"{said}.{attribute}" for attribute in attributes) or said, objects[number]
 
 
 def graph_break() -> tuple[str, str] | None:

@@ -63,6 +63,16 @@ def attribute_path(raw: str) -> str:
     return ".".join(part for part in parts if part not in ("_parameters", "_buffers"))
 
 
+def spoken(raw: str) -> str:
+    """Dynamo's name of something as a user would point to it: ``layers.0.state``, ``argument 1[0]``."""
+    inner = re.fullmatch(r"___from_numpy\((.*)\)", raw)
+    raw = inner.group(1) if inner else raw
+    argument = re.match(r"L\['args'\]\[(\d+)\]|L\['kwargs'\]\['(\w+)'\]", raw)
+    if argument is not None:
+        return f"argument {argument.group(1) or argument.group(2)}{raw[argument.end() :]}"
+    return attribute_path(raw) or "the module itself" if raw.startswith("L['model']") else raw
+
+
 def calls_of(node: fx.Node) -> tuple[Call, ...]:
     """The calls around ``node``, outermost first, without the root module."""
     found = []

@@ -109,6 +109,8 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
                 wrapped.append(Number(operand) if slot.literal else Stacked(operand))
         with torch.no_grad():
             results = _GroupInterpreter(kind.body, width).run(*wrapped)
+        if any(isinstance(result, (tuple, list)) for result in results):
+            raise BatchingError("a cell leaves several results as one")
         stacked_results[:] = [isinstance(result, Stacked) for result in results]
         return tree_map(lambda item: item.tensor.contiguous() if isinstance(item, Stacked) else item, results)
 

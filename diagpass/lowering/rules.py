@@ -285,6 +285,13 @@ def _same(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
     return args[0]
 
 
+@rule(aten._assert_async.msg, aten._assert_async.default)
+def _assert_all(target: Any, width: int, args: tuple, kwargs: dict) -> None:
+    """What must hold for each cell must hold for all; ``one_hot`` checks its input so."""
+    condition, *message = args
+    target(condition.tensor.all(), *message, **kwargs)
+
+
 @rule(aten.select_scatter.default, aten.slice_scatter.default)
 def _scatter(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
     """Scatter along a dimension that has moved one to the right."""

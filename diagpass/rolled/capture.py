@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diagpass.capture import dynamo, functional
 from diagpass.capture.effects import Effects, effects
-from diagpass.capture.marks import module_of, source_line
+from diagpass.capture.marks import module_of, source_line, spoken
 from diagpass.errors import CaptureError
 
 __all__ = ["StepGraph", "capture"]
@@ -114,7 +114,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str]
     for at in written:
         if at in input_groups:
             raise CaptureError(
-                f"{_name(gm, at)} is written in place and a view of it is returned or kept; "
+                f"{spoken(_name(gm, at))} is written in place and a view of it is returned or kept; "
                 "return a copy (clone) instead"
             )
     return StepGraph(
@@ -199,8 +199,8 @@ def _regrouped(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
     for at, value in enumerate(inputs):
         if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
             return (
-                f"{_name(gm, at)} is a {type(value).__name__}, a tensor that stands for several others, and "
-                "has no row in a stack; keep the parts as buffers of a module instead"
+                f"{spoken(_name(gm, at))} is a {type(value).__name__}, a tensor that stands for several "
+                "others, and has no row in a stack; keep the parts as buffers of a module instead"
             )
     names = ", ".join(_sharing(gm, inputs))
     if names:
@@ -214,7 +214,7 @@ def _sharing(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:
     for at, value in enumerate(inputs):
         if isinstance(value, torch.Tensor):
             storages.setdefault(_storage(value), []).append(at)
-    return [_name(gm, at) for members in storages.values() if len(members) > 1 for at in members]
+    return [spoken(_name(gm, at)) for members in storages.values() if len(members) > 1 for at in members]
 
 
 def _nodes(gm: fx.GraphModule) -> list[fx.Node]:

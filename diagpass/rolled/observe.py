@@ -1,7 +1,8 @@
 """Which module runs one segment of a model's own loop, and how often: seen in a run of the model.
 
 A *family* is two or more modules of one class whose paths differ only in digits. The *step* is the outermost
-submodule that is called at least twice in one forward and has a family inside itself.
+submodule that is called at least twice in one forward and has a family inside itself. A layer is none, though
+it may have a family of norms, say, inside: its own family is called by the loop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diagpass.rolled.writes import writes_weights
+from diagpass.rolled.writes import memory, writes_weights
 from diagpass.state import Snapshot
 
 __all__ = ["Found", "bound", "families", "observe"]
@@ -41,12 +42,16 @@ class Found:
     writes_weights
         Whether it was stopped because the model was about to write into its own parameters, which are not
         put back.
+    higher_order
+        A higher-order operator that runs outside of the step, such as ``cond``, or None: it is compiled where
+        it is called, which cannot be done under the modes that watch the loop.
     """
 
     step: str | None
     cells: int
     complete: bool
     writes_weights: bool = False
+    higher_order: str | None = None
 
 
 class _Enough(BaseException):
@@ -105,9 +110,12 @@ def observe(model: nn.Module, args: tuple, kwargs: dict, globs: Collection[str] 
     thread = threading.get_ident()
 
     def step() -> str | None:
+        called = {chain[-1] for chain in calls}
+        layers = {member for members in known for member in members if len(members & called) >= 2}
         for chain in sorted(calls, key=len):
-            if calls[chain] >= 2 and holds.get(chain[-1]) and chain[-1] not in chain[:-1]:
-                return paths[chain[-1]]
+            last = chain[-1]
+            if calls[chain] >= 2 and holds.get(last) and last not in chain[:-1] and last not in layers:
+                return paths[last]
         return None
 
     def before(module: nn.Module, _: Any) -> None:
@@ -127,33 +135,53 @@ def observe(model: nn.Module, args: tuple, kwargs: dict, globs: Collection[str] 
             stack.pop()
 
     state = Snapshot(model, args, kwargs)
+    weights = [(weight, weight.data) for weight in model.parameters()]
     handles = [
         hooks.register_module_forward_pre_hook(before),
         hooks.register_module_forward_hook(after, always_call=True),
     ]
-    complete, guard = True, _Guard(model)
+    complete, guard = True, _Guard(model, stack)
     try:
         with torch.no_grad(), guard:
             model(*args, **kwargs)
     except _Enough:
         complete = False
+    except BaseException:
+        state.restore()
+        raise
     finally:
         for handle in handles:
             handle.remove()
+    replaced = [(weight, data) for weight, data in weights if memory(weight) != memory(data)]
+    for weight, data in replaced:
+        weight.data = data
     state.restore(keep_setup=True)
-    return Found(step(), max(counts, default=0), complete, guard.stopped)
+    found = step()
+    inside = {member for member, path in paths.items() if path == found}
+    outside = next((name for name, chain in guard.higher_order if not inside & chain), None)
+    return Found(found, max(counts, default=0), complete, guard.stopped or bool(replaced), outside)
 
 
 class _Guard(TorchDispatchMode):
-    """Stops before a weight is written."""
+    """Stops before a weight is written, and sees which modules higher-order operators run in."""
 
-    def __init__(self, model: nn.Module) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, stack: list[int]) -> None:
         super().__init__()
-        self.model, self.stopped = model, False
+        self.model, self.stopped, self.stack = model, False, stack
+        self.higher_order: list[tuple[str, frozenset[int]]] = []
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Whether Dynamo goes on to compile what it is asked to: else it would not do so ever after."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable and writes_weights(self.model, func, args, kwargs):
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            self.higher_order.append((func.name(), frozenset(self.stack)))
+        elif writes_weights(self.model, func, args, kwargs):
             self.stopped = True
             raise _Enough
         return func(*args, **kwargs)

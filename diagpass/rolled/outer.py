@@ -15,6 +15,7 @@ a write is a :class:`~diagpass.rolled.run.Conflict`, and the call runs sequentia
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
 import sys
@@ -26,13 +27,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import StepProgram
 from diagpass.rolled.run import Conflict, NotAWeight, Run, _fill, as_captured
 from diagpass.rolled.values import Box, derived
-from diagpass.rolled.writes import memory, writes_weights, written_by
+from diagpass.rolled.writes import is_foreign, memory, writes_weights, written_by
 
 __all__ = ["Outer", "OuterRun"]
 
@@ -44,6 +45,18 @@ _FORCING = {
 }
 _RAW = frozenset(
     (
+        "__repr__",
+        "__format__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__complex__",
+        "tensor",
+        "as_tensor",
+        "asarray",
+        "new_tensor",
+        "new",
+        "nested_tensor",
         "numpy",
         "tolist",
         "data_ptr",
@@ -58,7 +71,9 @@ _RAW = frozenset(
         "__reduce_ex__",
         "__cuda_array_interface__",
     )
-)  # reach a tensor's memory without an operation
+)  # reach a tensor's memory without an operation, or may do so for one in a list
+_RAW_WRITES = frozenset(("apply_", "map_", "map2_"))  # write to it, element by element in Python
+_INDEXING = frozenset(("__getitem__", "__setitem__"))
 
 
 class OuterRun(Run):
@@ -97,6 +112,16 @@ class OuterRun(Run):
         """Whether what the token stands for shares memory with something else."""
         return id(token) in self._families
 
+    def tokens(self) -> list[torch.Tensor]:
+        """The tokens without contents."""
+        found = (reference() for reference, _ in self._pending.values())
+        return [token for token in found if token is not None and id(token) in self._tokens]
+
+    @property
+    def writes_any(self) -> bool:
+        """Whether a step writes memory in place, at the end of the call."""
+        return bool(self._written)
+
     def writes(self, tensor: torch.Tensor) -> bool:
         """Whether a step writes this memory in place, at the end of the call."""
         return bool(self._written) and tensor.untyped_storage().data_ptr() in self._written
@@ -124,6 +149,11 @@ class OuterRun(Run):
         return derived(
             _view, box, size, stride, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
         )
+
+    def rewrite(self, token: torch.Tensor, box: Box) -> None:
+        """Give a token that has no contents yet another value."""
+        self._write(token, box)
+        self.wait_for(token, [(token, box)])
 
     def force(self, tokens: Sequence[torch.Tensor]) -> None:
         """Run all that is recorded and give these tokens their contents."""
@@ -156,7 +186,8 @@ class OuterRun(Run):
         if token is not None and token is not value:
             self.touch(token)
             return self.view(token, value)
-        return super().value_of(value)
+        found = super().value_of(value)
+        return Box(value.clone()) if found.is_plain and is_foreign(value) else found
 
 
 class Outer:
@@ -180,7 +211,7 @@ class Outer:
         self.line: str | None = None
         self.failed: Exception | None = None
         self._late: dict[int, torch.Tensor] = {}  # memory that is written later
-        self._writes: list[tuple[Any, tuple, dict]] = []
+        self._writes: list[tuple[Any, tuple, dict, bool]] = []
         self._read: dict[int, torch.Tensor] = {}  # what deferred operations will read
         self._held: dict[int, torch.Tensor] = {}  # tokens that views are made of
         self._fake = FakeTensorMode()
@@ -231,23 +262,34 @@ class Outer:
         self.forced += 1
         self.line = _line()
         tokens = [token for tensor in tensors if (token := self.run.waiting(tensor)) is not None]
-        tokens += [t for _, args, kwargs in self._writes for t in self._tokens((args, kwargs))]
+        tokens += [t for _, args, kwargs, _ in self._writes for t in self._tokens((args, kwargs))]
         self.run.force(tokens)
         self._write_all()
         self._read.clear()
+
+    def know_all(self) -> None:
+        """Make all contents known: functions are about to run that may read any of them."""
+        if self.failed is not None:
+            raise self.failed
+        if not self.run.segments:
+            return
+        if self.run.writes_any:
+            self.fail("the model runs a higher-order operator between two steps that write in place")
+        self.force(self.run.tokens())
 
     def operation(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """One operation of the Python around the step."""
         if self.failed is not None:
             raise self.failed
         tensors = _tensors((args, kwargs))
-        if func._schema.is_mutable and writes_weights(self.model, func, args, kwargs):
+        mutates = bool(written_by(func, args, kwargs))
+        if mutates and writes_weights(self.model, func, args, kwargs):
             self.fail("the model writes in place into its own weights")
         if not self.run.segments:
             return func(*args, **kwargs)
         if any(self.run.writes(tensor) for tensor in tensors):
             self.fail("the model reads or writes, between two steps, what its step writes in place")
-        if func._schema.is_mutable:
+        if mutates:
             return self._mutation(func, args, kwargs, tensors)
         tokens = self._tokens((args, kwargs))
         late = any(memory(tensor) in self._late for tensor in tensors)
@@ -270,7 +312,13 @@ class Outer:
         if any(self.run.writes(tensor) for tensor in tensors):
             self.fail("the model reaches, between two steps, into memory that its step writes in place")
         if self._tokens(values) or any(memory(tensor) in self._late for tensor in tensors):
-            self.force(tensors)
+            if _get_current_dispatch_mode() is not self._modes[1]:
+                self.fail("the model reads a result of its step under a mode of its own")
+            self._modes[1].__exit__(None, None, None)  # only that of functions is off at present
+            try:
+                self.force(tensors)
+            finally:
+                self._modes[1].__enter__()
 
     def _tokens(self, values: Any) -> list[torch.Tensor]:
         found = (self.run.waiting(tensor) for tensor in _tensors(values))
@@ -283,8 +331,8 @@ class Outer:
             self.force(tensors)
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        known = {memory(tensor) for tensor in tensors}
-        if any(memory(leaf) not in known for leaf in _tensors(result)):  # a copy after all
+        known = {memory(tensor): tensor for tensor in tensors}
+        if not all(_is_plain_view(leaf, known.get(memory(leaf))) for leaf in _tensors(result)):
             self.force(tensors)
             return func(*args, **kwargs)
         self._hold(tokens)
@@ -316,31 +364,48 @@ class Outer:
         outputs, output_spec = tree_flatten(foretold)
         if not outputs or not all(isinstance(value, torch.Tensor) for value in outputs):
             return None
-        operands: list[Any] = []
-        for leaf in leaves:
-            token = self.run.waiting(leaf) if isinstance(leaf, torch.Tensor) else None
-            if token is not None:
-                operands.append(self.run.view(token, leaf))
-            else:
-                operands.append(leaf)
-                if isinstance(leaf, torch.Tensor):
-                    self._read[id(leaf)] = leaf
-        for token in tokens:
-            self.run.touch(token)
-        made = derived(_later, func, spec, *operands)
+        if any(value.layout is not torch.strided for value in outputs):
+            return None
+        made = derived(_later, func, spec, *self._operands(leaves, tokens))
         results = [
             self.run.token(value, derived(operator.getitem, made, at)) for at, value in enumerate(outputs)
         ]
         self.run.outputs(results)
         return tree_unflatten(results, output_spec)
 
+    def _operands(self, leaves: Sequence[Any], tokens: Sequence[torch.Tensor]) -> list[Any]:
+        """What a deferred operation reads: boxes for tokens and their views, the rest as it is.
+
+        Memory that others than PyTorch may write, such as NumPy, is copied.
+        """
+        operands: list[Any] = []
+        for leaf in leaves:
+            token = self.run.waiting(leaf) if isinstance(leaf, torch.Tensor) else None
+            if token is not None:
+                operands.append(self.run.view(token, leaf))
+            elif isinstance(leaf, torch.Tensor) and is_foreign(leaf):
+                operands.append(leaf.clone())
+            else:
+                operands.append(leaf)
+                if isinstance(leaf, torch.Tensor):
+                    self._read[id(leaf)] = leaf
+        for token in tokens:
+            self.run.touch(token)
+        return operands
+
     def _mutation(self, func: Any, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> Any:
         written = written_by(func, args, kwargs)
-        for tensor in written:
-            token = self.run.token_of(tensor)
-            if token is not None and (self.run.waiting(tensor) is not None or self.run.shares(token)):
-                self.fail("the model writes in place into a result of its step")
         memories = {memory(tensor) for tensor in written}
+        made = [token for tensor in written if (token := self.run.token_of(tensor)) is not None]
+        if any(self.run.shares(token) for token in made):
+            self.fail("the model writes in place into a result of its step that shares memory with another")
+        simple = len(written) == 1 and written[0] is next(iter(args), None) and _is_simple(func)
+        if any(self.run.waiting(token) is not None for token in made):
+            late = any(memory(tensor) in self._late for tensor in tensors)
+            late = late or any(memory(tensor) in memories for tensor in self._read.values())
+            if simple and not late and _writes_first(func) and self._rewrite(func, args, kwargs, made[0]):
+                return args[0]
+            self.force(tensors)
         if any(memory(tensor) in memories for tensor in self.run.seen.values()):
             self.fail("the model writes in place into what its step was given, an input or state of it")
         if any(memory(tensor) in memories for tensor in self._read.values()):
@@ -348,17 +413,37 @@ class Outer:
         tokens = self._tokens((args, kwargs))
         if not tokens and not any(memory(tensor) in self._late for tensor in tensors):
             return func(*args, **kwargs)
-        returns = func._schema.returns
-        plain = func.namespace == "aten" and not _FORCING.intersection(func.tags)
-        simple = len(written) == 1 and len(returns) == 1 and bool(args) and args[0] is written[0]
-        if plain and simple and func not in _RESIZING:
+        if simple and not is_foreign(written[0]):
             self._hold(tokens)
             self._late[memory(written[0])] = written[0]
             self._read.update((id(t), t) for t in tensors if memory(t) not in memories)
-            self._writes.append((func, args, kwargs))
+            args, kwargs = tree_map(functools.partial(self._kept, memories), (args, kwargs))
+            self._writes.append((func, args, kwargs, torch.is_inference_mode_enabled()))
             return args[0]
         self.force(tensors)
         return func(*args, **kwargs)
+
+    def _kept(self, memories: set[int], leaf: Any) -> Any:
+        """An operand of a write that is kept for later."""
+        foreign = isinstance(leaf, torch.Tensor) and memory(leaf) not in memories and is_foreign(leaf)
+        return leaf.clone() if foreign else leaf
+
+    def _rewrite(self, func: Any, args: tuple, kwargs: dict, token: torch.Tensor) -> bool:
+        """Give a token that is written before it has contents another value; False if that cannot be done.
+
+        What has read it so far keeps the value from before.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        target = args[0]
+        if type(target) is not torch.Tensor or 0 in token.stride() or target.requires_grad:
+            return False
+        if any(type(leaf) not in (torch.Tensor, torch.nn.Parameter) for leaf in _tensors(leaves)):
+            return False
+        before = self.run.view(token, token)
+        place = tuple(target.shape), target.stride(), target.storage_offset()
+        operands = self._operands(leaves[1:], self._tokens(leaves[1:]))
+        self.run.rewrite(token, derived(_rewritten, func, before, token.stride(), place, spec, *operands))
+        return True
 
     def _before_step(self, args: Sequence[Any]) -> None:
         if self._late and any(memory(tensor) in self._late for tensor in _tensors(args)):
@@ -368,8 +453,9 @@ class Outer:
         writes, self._writes = self._writes, []
         self._late.clear()
         with as_captured():
-            for func, args, kwargs in writes:
-                func(*args, **kwargs)
+            for func, args, kwargs, inference in writes:
+                with torch.inference_mode(inference):
+                    func(*args, **kwargs)
 
 
 def _later(func: Any, spec: Any, *values: Any) -> list[Any]:
@@ -380,12 +466,18 @@ def _later(func: Any, spec: Any, *values: Any) -> list[Any]:
 
 
 class _Operations(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, outer: Outer) -> None:
         super().__init__()
         self.outer = outer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):  # such as cond
+            with torch._C.DisableTorchFunction():
+                self.outer.know_all()
+            return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # under inference mode composite operations arrive whole
                 made = func.decompose(*args, **kwargs)
@@ -403,10 +495,17 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _RAW and self.outer.run.segments:
+        if not self.outer.run.segments:
+            return func(*args, **kwargs)
+        if name in _RAW or "sparse_" in name:
             with torch._C.DisableTorchFunction():
                 self.outer.raw((args, kwargs))
-        elif name == "__set__" and func == torch.Tensor.data.__set__ and self.outer.run.segments:  # type: ignore[attr-defined]
+        elif name in _INDEXING and any(isinstance(index, list) for index in _indices(args[1])):
+            with torch._C.DisableTorchFunction():
+                self.outer.raw(args[1])
+        elif name in _RAW_WRITES:
+            self.outer.fail(f"the model writes into a tensor by {name} between two steps")
+        elif name == "__set__" and func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             self.outer.fail("the model replaces the contents of a tensor (.data) between two steps")
         return func(*args, **kwargs)
 
@@ -423,8 +522,32 @@ _RESIZING = {
 }
 
 
+@functools.cache
+def _is_simple(func: Any) -> bool:
+    """Whether an operation that writes does no more than compute new values, and returns what it writes."""
+    aten = func.namespace == "aten" and func not in _RESIZING
+    return aten and len(func._schema.returns) == 1 and not _FORCING.intersection(func.tags)
+
+
+@functools.cache
+def _writes_first(func: Any) -> bool:
+    """Whether an operation writes its first argument, and no other such as ``out``."""
+    first, *others = func._schema.arguments
+    return first.alias_info is not None and all(other.alias_info is None for other in others)
+
+
+def _indices(index: Any) -> tuple:
+    return index if isinstance(index, tuple) else (index,)
+
+
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _is_plain_view(tensor: torch.Tensor, base: torch.Tensor | None) -> bool:
+    """Whether a tensor differs from its base by shape, strides and offset alone; None: it is a copy."""
+    same = base is not None and tensor.dtype == base.dtype
+    return same and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _view(value: Any, size: tuple, stride: tuple, shape: tuple, steps: tuple, offset: int) -> torch.Tensor:
@@ -432,6 +555,17 @@ def _view(value: Any, size: tuple, stride: tuple, shape: tuple, steps: tuple, of
     if value.stride() != stride:
         value = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device).copy_(value)
     return value.as_strided(shape, steps, value.storage_offset() + offset)
+
+
+def _rewritten(
+    func: Any, value: torch.Tensor, stride: tuple, place: tuple, spec: Any, *operands: Any
+) -> torch.Tensor:
+    """A token's value after an operation has written to a view of it."""
+    made = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)
+    args, kwargs = tree_unflatten([made.as_strided(*place), *operands], spec)
+    with as_captured():
+        func(*args, **kwargs)
+    return made
 
 
 def _line() -> str | None:

@@ -137,7 +137,7 @@ def make_program(step: StepGraph, options: Options) -> StepProgram:
         node.meta["segment_input"] = name.startswith(SEGMENT)
     prepare(gm)
     proposal = next(propose(gm.graph, options.cells), {})
-    restack_outputs(gm, lambda node: proposal[node].path if node in proposal else None)
+    restack_outputs(gm, functools.partial(_layer_behind, {node: proposal[node].path for node in proposal}))
     found, refusal = cut_into_cells(gm, options, one_segment=True)
     if found is None or refusal is not None:
         raise Refused(refusal or Refusal("no cells"))
@@ -152,7 +152,8 @@ def make_program(step: StepGraph, options: Options) -> StepProgram:
         for node in gm.graph.nodes
         if node in needed and node not in owner and node not in is_read and _is_glue(node)
     ]
-    lumps = _lumps(gm, glue, owner, weights)
+    apart = {read[0] for read in reads if not read[1].meta["segment_input"]}
+    lumps = _lumps(gm, glue, owner, weights, apart)
     cells = tuple(_step_cell(cell, owner, weights) for cell in found.cells)
     count = len(step.written)
     return StepProgram(
@@ -172,6 +173,20 @@ def make_program(step: StepGraph, options: Options) -> StepProgram:
             if node.op == "get_attr" and node in needed
         },
     )
+
+
+def _layer_behind(layers: dict[fx.Node, str], node: fx.Node) -> str | None:
+    """The one layer that a node belongs to or, through glue, is computed from; None if none or several."""
+    found: set[str] = set()
+    pending, seen = [node], set()
+    while pending:
+        top = pending.pop()
+        if top in layers:
+            found.add(layers[top])
+        elif top not in seen:
+            seen.add(top)
+            pending += top.all_input_nodes
+    return found.pop() if len(found) == 1 else None
 
 
 def is_number(node: Any) -> bool:
@@ -212,15 +227,21 @@ def _needed(
 
 
 def _lumps(
-    gm: fx.GraphModule, glue: list[fx.Node], owner: dict[fx.Node, int], weights: set[fx.Node]
+    gm: fx.GraphModule,
+    glue: list[fx.Node],
+    owner: dict[fx.Node, int],
+    weights: set[fx.Node],
+    apart: set[fx.Node],
 ) -> list[Lump]:
-    """Glue by what it waits for."""
+    """Glue by what it waits for; nodes of ``apart``, pieces of state, are each waited for alone."""
     waits: dict[fx.Node, frozenset] = {}
     for node in gm.graph.nodes:
         if node in owner:
             waits[node] = frozenset((owner[node],))
         elif node.op == "placeholder":
             waits[node] = frozenset() if node in weights else frozenset((node,))
+        elif node in apart:
+            waits[node] = frozenset((node,))
         else:
             inside = [waits[source] for source in node.all_input_nodes]
             waits[node] = frozenset().union(*inside) if inside else frozenset()

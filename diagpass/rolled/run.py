@@ -27,6 +27,7 @@ import torch.fx as fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diagpass.capture import aliases
+from diagpass.capture.marks import spoken
 from diagpass.lowering.emit import restride
 from diagpass.pipeline import Refusal
 from diagpass.rolled.kinds import Kinds
@@ -131,7 +132,7 @@ class Run:
             self.undo.note(program.step.effects, self.scope)
         self._check_weights(program, args)
         for at in program.step.written:
-            self._check_write(program.step.names[at], args[at])
+            self._check_write(spoken(program.step.names[at]), args[at])
         inputs = [
             self.value_of(args[at]) if isinstance(args[at], torch.Tensor) else args[at]
             for at in program.moving
@@ -195,7 +196,8 @@ class Run:
                 raise NotAWeight([program.step.names[place] for place in replaced])
             for place, weight in zip(at, weights, strict=True):
                 if self._written and weight.untyped_storage().data_ptr() in self._written:
-                    raise Conflict(f"{program.step.names[place]} shares memory with what is written in place")
+                    name = spoken(program.step.names[place])
+                    raise Conflict(f"{name} shares memory with what is written in place")
             if self.kinds.use(program, weights) and self._weights_of:
                 raise Conflict("weights were replaced by the step itself")
             self._weights_of[program] = (at, weights)
@@ -599,12 +601,14 @@ def _same(a: Any, b: Any) -> bool:
 
 def fill_all(tokens: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """Give tokens their contents, in few kernels."""
-    plain = [at for at, token in enumerate(tokens) if not _is_expanded(token)]
-    for at in set(range(len(tokens))).difference(plain):
-        _fill(tokens[at], values[at])
-    if plain:
-        with torch.no_grad():
-            torch._foreach_copy_([tokens[at] for at in plain], [values[at] for at in plain])
+    for inference in (False, True):
+        found = [at for at, token in enumerate(tokens) if token.is_inference() == inference]
+        plain = [at for at in found if not _is_expanded(tokens[at])]
+        for at in set(found).difference(plain):
+            _fill(tokens[at], values[at])
+        if plain:
+            with torch.inference_mode(inference), torch.no_grad():
+                torch._foreach_copy_([tokens[at] for at in plain], [values[at] for at in plain])
 
 
 def _is_expanded(token: torch.Tensor) -> bool:
@@ -612,7 +616,7 @@ def _is_expanded(token: torch.Tensor) -> bool:
 
 
 def _fill(token: torch.Tensor, value: torch.Tensor) -> None:
-    with torch.no_grad():
+    with torch.inference_mode(token.is_inference()), torch.no_grad():
         if _is_expanded(token):
             token.set_(restride(value, token.stride(), True))
         else:

@@ -12,6 +12,7 @@ import torch.fx as fx
 
 from diagpass.backend import FoundCounters
 from diagpass.capture import dynamo
+from diagpass.capture.marks import attribute_path
 from diagpass.errors import CaptureError
 from diagpass.logs import artifact
 from diagpass.options import Options
@@ -69,7 +70,7 @@ class StepSession:
         """Dynamo's call: one behaviour of the step in, what records a segment of it out."""
         self.captures += 1
         say(f"capture: behaviour {self.captures} of the step")
-        obstacle = self._obstacle()
+        obstacle = self._obstacle(gm)
         if obstacle is not None:
             raise Refused(Refusal(f"the step cannot be captured soundly: {obstacle}", CaptureError))
         self._check_outside()
@@ -101,13 +102,19 @@ class StepSession:
         """Names of what the behaviours known so far write in place: state, where another only reads it."""
         return {program.step.names[at] for program in self.programs for at in program.step.written}
 
-    def _obstacle(self) -> str | None:
+    def _obstacle(self, gm: fx.GraphModule) -> str | None:
         """What Dynamo captures wrongly, or what could not be put back if the call failed."""
         bounded = dynamo.bounded_deque()
         if bounded is not None:
             return (
                 f"{bounded} is a deque with maxlen, which Dynamo captures wrongly when it is full; "
                 "use a list, or a deque without maxlen and popleft"
+            )
+        owner = dynamo.accumulated_gradient(gm)
+        if owner is not None:
+            return (
+                f"backward() inside leaves gradients, perhaps on {attribute_path(owner)}; compute them with "
+                "torch.autograd.grad, which leaves nothing behind"
             )
         iterator = dynamo.iterator()
         if iterator is not None:

@@ -96,9 +96,12 @@ class Direct:
         for at, sources in plan.moving:
             boxes = _boxes(self.kinds, sources, cells)
             first = boxes[0]
-            if not isinstance(first, Box):
+            odd = None if isinstance(first, Box) else "a Python number"
+            if odd is None and first.is_plain and not isinstance(first.value, (torch.Tensor, Row)):
+                odd = "a function, as flex_attention and cond do"
+            if odd is not None:
                 path = self.kinds.cells[cells[0].number].path
-                self.kinds.notes[f"cells like {path} run unbatched: they read a Python number"] = None
+                self.kinds.notes[f"cells like {path} run unbatched: they read {odd}"] = None
                 return None, ()
             shared[at] = all(box is first for box in boxes)
             operands[at] = first.tensor() if shared[at] else gather(boxes)

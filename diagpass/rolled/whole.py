@@ -35,6 +35,7 @@ from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight
 from diagpass.rolled.session import StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
+from diagpass.rolled.undo import Undo
 from diagpass.stages import say
 from diagpass.state import Snapshot
 from diagpass.transformed import (
@@ -93,6 +94,16 @@ class TransformedModel(Transformed):
                 before.restore(keep_setup=True)
                 self._refuse_because(stopped, key)
                 return self._original(*args, **kwargs)
+            except (NotImplementedError, RuntimeError) as error:  # the modes may be the cause
+                before.restore(keep_setup=True)
+                try:
+                    result = self._original(*args, **kwargs)
+                except BaseException:
+                    before.restore()
+                    raise
+                said = str(error).strip().split("\n")[0]
+                self._refuse_because(Conflict(f"{type(error).__name__}: {said}"), key)
+                return result
             except BaseException:
                 before.restore()
                 raise
@@ -124,6 +135,7 @@ class TransformedModel(Transformed):
                 with torch.no_grad():
                     _, run = self._deferred(args, kwargs, self._options.max_width)
                 self._remember(run, None)
+                _undo(run)
             except _STOPS as stopped:
                 before.restore(keep_setup=True)
                 self._refuse_because(stopped, key)
@@ -163,19 +175,22 @@ class TransformedModel(Transformed):
                     before.restore()
                 return {name: {"batched": error} for name, error in errors.items()}
 
-            def run(call: Callable[[], Any]) -> dict[str, torch.Tensor]:
+            def run(call: Callable[[], tuple[Any, OuterRun | None]]) -> dict[str, torch.Tensor]:
                 try:
                     with torch.no_grad():
-                        return named_results(call(), model)
+                        result, done = call()
+                        found = named_results(result, model)
+                    _undo(done)
+                    return found
                 finally:
                     before.restore(keep_setup=True)
 
             try:
-                unbatched = run(lambda: self._deferred(args, kwargs, 1)[0])
-                batched = run(lambda: self._deferred(args, kwargs, self._options.max_width)[0])
+                unbatched = run(lambda: self._deferred(args, kwargs, 1))
+                batched = run(lambda: self._deferred(args, kwargs, self._options.max_width))
             except _STOPS as stopped:
                 raise SequentialError(f"there is no wavefront to verify: {stopped}") from None
-            sequential = run(lambda: model(*args, **kwargs))
+            sequential = run(lambda: (model(*args, **kwargs), None))
             exact = run_in_double(model, args, kwargs)
             return compare(sequential, unbatched, batched, exact)
 
@@ -218,6 +233,7 @@ class TransformedModel(Transformed):
     def _must_run_plainly(self, key: tuple, args: tuple, kwargs: dict) -> bool:
         """Whether this call is known not to be deferrable; says so once."""
         refusal = self._refused.get(key)
+        operator = self._found[key].higher_order if key in self._found else None
         if refusal is None and self._options.schedule == "sequential":
             refusal = Refusal("schedule='sequential' was asked for")
             self.__dict__["_last"] = self._sequential_report(refusal)
@@ -226,6 +242,11 @@ class TransformedModel(Transformed):
             refusal = Refusal(
                 "no module of the model runs one segment, and its cells are too many to capture one by one; "
                 "put what the loop does for a segment in a module of its own, or set the option loop='flat'"
+            )
+        if refusal is None and operator is not None:
+            refusal = Refusal(
+                f"the loop around {self._step} runs {operator}, which is compiled where it is called; call "
+                "it inside of the step"
             )
         if refusal is None and torch.is_grad_enabled():
             leaves = [*self._original.parameters(), *tree_leaves((args, kwargs))]
@@ -288,11 +309,20 @@ class TransformedModel(Transformed):
         warmed = False
         while True:
             run = OuterRun(self._rolled.kinds, max_width)
+            run.undo = Undo(whole=False)
             outer = Outer(run, self._original)
             try:
                 with self._recording(outer), outer.watching():
                     result = self._original(*args, **kwargs)
-            except Exception as error:
+                if outer.failed is not None:  # and the model went on
+                    raise outer.failed
+                if not run.segments:
+                    raise Conflict(f"{self._step} was not called")
+                self._check_width(outer)
+                outer.end()
+                return result, run
+            except BaseException as error:
+                run.undo.restore()
                 stopped = outer.failed or error
                 if isinstance(stopped, NotAWeight):
                     before.restore(keep_setup=True)
@@ -307,13 +337,6 @@ class TransformedModel(Transformed):
                     before.restore(keep_setup=True)
                     continue
                 raise stopped from None if stopped is not error else error.__cause__
-            if outer.failed is not None:
-                raise outer.failed
-            if not run.segments:
-                raise Conflict(f"{self._step} was not called")
-            self._check_width(outer)
-            outer.end()
-            return result, run
 
     def _warm_up(self, args: tuple, kwargs: dict) -> None:
         """Run the step once as it stands."""
@@ -365,15 +388,21 @@ class TransformedModel(Transformed):
         run, session = outer.run, self._rolled
         say("segments", run.segments)
         self._check_width(outer)
-        entry = self._step_entry
-        if entry is None:
-            entry = make_entry(_from_root(self._original, self._step), session)  # type: ignore[arg-type]
-            self.__dict__["_step_entry"] = entry
+        if self._step_entry is None:
+            forward: Any = _from_root(self._original, self._step)  # type: ignore[arg-type]
+            self.__dict__["_step_entry"] = forward, make_entry(forward, session)
+        forward, entry = self.__dict__["_step_entry"]
+        given = tree_leaves((args, kwargs))
         try:
             args, kwargs = tree_map(functools.partial(self._fixed, run), (args, kwargs))
         except TypeError as error:
             raise Conflict(f"an input of the step cannot be taken apart: {error}") from None
-        run.guard_inputs((args, kwargs))
+        pairs = zip(given, tree_leaves((args, kwargs)), strict=True)
+        run.guard_inputs([leaf for before, leaf in pairs if leaf is not before])  # copies
+        run.scope = {"model": forward, "args": args, "kwargs": kwargs}
+        session.carried = args, kwargs
+        if isinstance(run.undo, Undo):
+            run.undo.roots = session.carried
         captures = session.captures
         config: Any = torch._dynamo.config
         learning = run.fresh_captures < MAX_FRESH
@@ -387,7 +416,7 @@ class TransformedModel(Transformed):
                 f"{dynamo.changed(error)}"
             ) from None
         finally:
-            session.run = None
+            session.run, session.carried, run.scope = None, (), {}
         if run.has_own_memory(result):
             run.outputs(tree_leaves(result))
         fresh = session.captures > captures
@@ -428,6 +457,12 @@ def _from_root(model: nn.Module, path: str) -> Callable[..., Any]:
         return module.forward(*args, **kwargs)
 
     return forward
+
+
+def _undo(run: OuterRun | None) -> None:
+    """Put back what the step changed in objects that it was given."""
+    if run is not None and isinstance(run.undo, Undo):
+        run.undo.restore()
 
 
 class _WarmedUp(BaseException):
