@@ -8,6 +8,7 @@ that was cut off goes on where it stopped. ``table`` merges any number of such f
     python -m benchmarks table results/*.json --markdown docs/performance.md
     python -m benchmarks breakdown --preset 1B --segment 1024
     python -m benchmarks run --preset cpu --segment 64 --tokens 4096 --device cpu --out results/cpu.json
+    python -m benchmarks estimates results/*.json
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import typer
 
 import diagpass
 from benchmarks.baselines import FullAttention, StrongestSequential, compiled_step
+from benchmarks.estimates import START, compare, report_of
 from benchmarks.measure import (
     matmul_rate,
     medians,
@@ -195,6 +197,24 @@ def table(
     print_rows(rows)
     if markdown is not None:
         markdown.write_text(as_markdown(rows))
+
+
+@app.command()
+def estimates(
+    files: Annotated[list[Path], typer.Argument(help="Files of rows")],
+    start: Annotated[float, typer.Option(help="Seconds of a kernel, for rows that do not say")] = START,
+) -> None:
+    """Compare the cost model with rows, as a table in Markdown."""
+    reports: dict[tuple[str, int], diagpass.Report] = {}
+    typer.echo(
+        "| case | sequential, ms | estimated | | wavefront, ms | estimated | |\n|---|---|---|---|---|---|---|"
+    )
+    for row in (row for path in files for row in _load(path)):
+        key = row["preset"], row["segment"]
+        reports[key] = reports.get(key) or report_of(*key)
+        sides = compare(reports[key], row, start).values()
+        cells = (f"{s['measured']:.1f} | {s['estimated']:.1f} | {100 * s['error']:+.0f} %" for s in sides)
+        typer.echo(f"| {row['case']} | {' | '.join(cells)} |")
 
 
 @app.command()

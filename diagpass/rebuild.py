@@ -59,6 +59,8 @@ class Unpickler(pickle.Unpickler):
         key, shape, stride, dtype, device, mean, spread, values, parameter, needs_grad = described
         if key not in self.made:
             where = device if torch.device(device).type == "cpu" or torch.cuda.is_available() else "cpu"
+            if 0 in stride:  # an expanded tensor shows an element many times; this one has each once
+                stride = torch.empty(shape, device="meta").stride()
             value = torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device=where)
             with torch.no_grad():
                 if values is not None:
@@ -168,7 +170,7 @@ def model_script(model: nn.Module, args: tuple, kwargs: dict) -> str:
     pickler = _Pickler(out)
     try:
         pickler.dump((model, args, kwargs))
-    except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(str(error)) from error
     note = ""
     if pickler.names:

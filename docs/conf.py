@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import diagpass  # noqa: E402
+
+logging.getLogger("diagpass").setLevel(logging.WARNING)  # a package that furo needs has all loggers shown
 
 project = "diagpass"
 author = "The diagpass authors"

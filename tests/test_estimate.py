@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import diagpass
-from benchmarks.presets import PRESETS, make_cell, make_ids
+from benchmarks.estimates import START, compare, report_of
 from diagpass.describe.estimate import estimate, utilisation
 from diagpass.describe.work import NO_WORK, total_work, work_of
 from diagpass.machine import Machine, measure_machine
@@ -131,59 +131,26 @@ def _flat() -> tuple[torch.nn.Module, torch.Tensor]:
     return torch.nn.Sequential(torch.nn.Tanh(), model), x
 
 
-# What an H100 SXM is: bandwidth and multiprocessors from NVIDIA's data sheet. The rate of matrix products is
-# that of the same run. A kernel in a CUDA graph takes some microseconds; the bounds hold for 1 and for 3.
-BANDWIDTH, UNITS, STARTS = 3.35e12, 132, (1e-6, 3e-6)
-
-
 @pytest.fixture(scope="module", params=["1B", "160M"])
-def recorded(request: pytest.FixtureRequest) -> tuple[str, list[dict], list[dict], list[dict]]:
-    """A preset, its kinds, the work of its glue for two segments, and the rows that an H100 measured.
-
-    Two layers have the kinds of all.
-    """
-    preset = PRESETS[request.param]
-    with torch.no_grad():
-        small = dataclasses.replace(preset, layers=2, vocab=64)
-        cell = make_cell(small, 1024, "cpu", torch.bfloat16)
-        ids = make_ids(small, 2048, "cpu")
-        report = diagpass.explain(diagpass.SegmentLoop(cell, 1024, reset="zero_mem"), ids)
+def recorded(request: pytest.FixtureRequest) -> tuple[diagpass.Report, list[dict[str, Any]]]:
+    """A preset's report, and the rows that an H100 measured."""
     rows = json.loads((RESULTS / f"h100-{request.param}-1024.json").read_text("utf-8"))
-    return request.param, report.kinds, [report.glue], rows
+    return report_of(request.param, 1024), rows
 
 
-def diagonal(layers: int, segments: int) -> list[list[dict[str, Any]]]:
-    """The schedule of a stack of layers; the first segment is a kind of its own."""
-    waves: list[list[dict[str, Any]]] = []
-    for wave in range(layers + segments - 1):
-        cells = [wave - layer for layer in range(layers) if 0 <= wave - layer < segments]
-        kinds = {kind: [s for s in cells if (s > 0) == bool(kind)] for kind in (0, 1)}
-        waves.append([{"kind": kind, "cells": found} for kind, found in kinds.items() if found])
-    return waves
-
-
-def errors(recorded: Any, start: float) -> dict[tuple[int, str], float]:
-    """By tokens and side the estimate over what was measured, minus 1."""
-    name, kinds, (glue,), rows = recorded
-    layers, found = PRESETS[name].layers, {}
-    for row in rows:
-        segments = row["tokens"] // row["segment"]
-        machine = Machine(row["device"], {"bfloat16": row["matmul_flops"]}, BANDWIDTH, start, UNITS)
-        whole = total_work([(glue, segments // 2)])  # it is that of two segments
-        told = estimate(kinds, diagonal(layers, segments), whole, layers * segments, machine)
-        found[row["tokens"], "sequential"] = 1e3 * told["sequential"] / row["baselines_ms"]["strongest"] - 1
-        found[row["tokens"], "wavefront"] = 1e3 * told["wavefront"] / row["ms"] - 1
-    return found
-
-
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", [1e-6, START, 3e-6])
 def test_estimates_are_within_30_percent_where_the_device_is_the_limit(recorded: Any, start: float) -> None:
     """All lengths of the best sequential run, and the wavefront of the large model from 32 segments on.
 
     In the other wavefronts the device waits for the host, of which the rows have no figures: the estimate,
-    which is of the device alone, is a bound from below there (docs/derivations.md).
+    which is of the device alone, is a bound from below there (docs/derivations.md). Kernels take some
+    microseconds; the result does not hang on how many.
     """
-    found = errors(recorded, start)
-    limited = {key for key in found if key[1] == "wavefront" and (recorded[0] == "160M" or key[0] < 32768)}
-    assert max(abs(error) for key, error in found.items() if key not in limited) < 0.3, found
-    assert all(found[key] < 0 for key in limited), found
+    report, rows = recorded
+    for row in rows:
+        sides = compare(report, row, start)
+        assert abs(sides["sequential"]["error"]) < 0.3, row["case"]
+        if row["preset"] == "1B" and row["tokens"] >= 32 * row["segment"]:
+            assert abs(sides["wavefront"]["error"]) < 0.3, row["case"]
+        else:
+            assert sides["wavefront"]["error"] < 0, row["case"]

@@ -43,6 +43,7 @@ def test_armt_golden() -> None:
         """
         verdict: wavefront: the cells run in 6 waves instead of 12 steps one after the other
         coverage: 7 of 12 cells batched, 6 waves, mean width 2.00, max width 3
+        5 cells run alone: the wave has no other cell to batch them with
         grid: 3 layers x 4 segments, 12 cells
         kinds: 2 kinds
         A: 3 cells, layers 0-2, segment 0; each # operations, # MFLOP, # kB (# kB of weights)

@@ -2,7 +2,9 @@
 
     facts.py     the parts of a report that are the same for both paths to a program
     cost.py      operations, FLOPs and bytes of a kind
+    work.py      matrix products by shape, and what is moved between them
     estimate.py  the cost model
+    measured.py  a clock's spans as plain data
     differ.py    why two kinds are not one
     path.py      the critical path and the dependencies that would have to go to shorten it
     places.py    where in the user's code something is

@@ -85,7 +85,7 @@ def _coverage(r: Any) -> Iterator[str]:
         refused = sum(kind["cells"] for kind in r.kinds if kind["unbatchable"])
         alone = r.cells - batched - refused
         if alone > 0:
-            yield f"{count(alone, 'cell')} run alone: no other of the same kind is in the same wave"
+            yield f"{count(alone, 'cell')} run alone: the wave has no other cell to batch them with"
 
 
 def _outcome(r: Any) -> str:
