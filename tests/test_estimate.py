@@ -142,9 +142,9 @@ def recorded(request: pytest.FixtureRequest) -> tuple[diagpass.Report, list[dict
 def test_estimates_are_within_30_percent_where_the_device_is_the_limit(recorded: Any, start: float) -> None:
     """All lengths of the best sequential run, and the wavefront of the large model from 32 segments on.
 
-    In the other wavefronts the device waits for the host, of which the rows have no figures: the estimate,
-    which is of the device alone, is a bound from below there (docs/derivations.md). Kernels take some
-    microseconds; the result does not hang on how many.
+    In the other wavefronts the device probably waits for the host, of which the rows have no figures: the
+    estimate, which is of the device alone, is a bound from below there (docs/derivations.md). Kernels take
+    some microseconds; the result does not hang on how many.
     """
     report, rows = recorded
     for row in rows:
