@@ -465,6 +465,11 @@ class Run:
     def finish(self) -> None:
         """Put the final state where the step keeps it."""
         self.repeat.settle(self)
+        self.put()
+        self.last, self.scope = None, {}
+
+    def put(self) -> list[torch.Tensor]:
+        """Give all tensors what they stand for; what has been recorded has run."""
         found = []
         for reference, box in list(self._pending.values()):
             tensor = reference()
@@ -477,7 +482,7 @@ class Run:
         for (tensor, _), value in zip(found, values, strict=True):
             _fill(tensor, value)
         self._pending, self._held, self._written, self._lumps = {}, {}, {}, {}
-        self.last, self.scope = None, {}
+        return [tensor for tensor, _ in found]
 
     def _run_waves(self, last: int) -> None:
         if self._done < last and not self.dry and not self._fresh:
