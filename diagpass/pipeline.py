@@ -152,7 +152,10 @@ def cut_into_cells(
     with stage("find cells"):
         cells = find_cells(gm, options.cells, one_segment)
     if cells is None:
-        reason = "no repeated module was found, so there are no cells to batch"
+        reason = (
+            "no repeated module was found, so there are no cells to batch: make the layers modules of one "
+            "class in a ModuleList, or name them by options={'cells': ...}"
+        )
         if options.cells is not None:
             reason = f"no module path matches cells={list(options.cells)}"
         return None, Refusal(reason)

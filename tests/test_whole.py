@@ -266,16 +266,6 @@ class WritesWeight(Whole):
         return torch.cat(outputs, 1)
 
 
-class ReadsBuffer(Whole):
-    def forward(self, x: Tensor) -> Tensor:
-        self.begin()
-        sums = []
-        for segment in self.segments(x):
-            self.step(segment)
-            sums.append(sum(buffer.sum() for buffer in self.step.buffers()))
-        return torch.stack(sums)
-
-
 class Swallows(WritesInput):
     def forward(self, x: Tensor) -> Tensor:
         self.begin()
@@ -289,7 +279,7 @@ class Swallows(WritesInput):
         return torch.cat(outputs, 1)
 
 
-@pytest.mark.parametrize("kind", [WritesInput, ReadsBuffer, Swallows])
+@pytest.mark.parametrize("kind", [WritesInput, Swallows])
 def test_writes_that_a_waiting_step_would_see(kind: type[Whole]) -> None:
     """All is put back, and the call runs as it stands."""
     with pytest.warns(DiagpassWarning, match=r"between two steps|in place"):

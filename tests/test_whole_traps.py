@@ -573,21 +573,32 @@ def test_what_fails_only_while_it_is_watched_runs_as_it_stands() -> None:
     assert_state_same(fast.original, plain)
 
 
-class Refuses(nn.Module):
-    """The state is kept outside, and changed."""
+class Halving(nn.Module):
+    """Writes the memory that it is given in place."""
 
     def forward(self, h: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         memory.mul_(0.5)
         return h + memory.unsqueeze(1), memory
 
 
+class OneStorage(CondLoop):
+    """The layers' memories are views of one tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        outputs, state = [], list(x.new_ones(3, 2, D).unbind(0))
+        for segment in x.split(T, 1):
+            output, state = self.step(segment, state)
+            outputs.append(output)
+        return torch.cat(outputs, 1)
+
+
 def test_a_refusal_names_arguments_and_attributes_as_users_do() -> None:
-    plain, x = CondLoop(Refuses, False), tokens(4)
+    plain, x = OneStorage(Halving, False), tokens(4)
     fast = fast_copy(plain, **ROLLED)
     with torch.no_grad(), collect_warnings() as warned:
         assert_tree_same(fast(x), plain(x), 0.0, "output")
-    assert fast.report.ran == "sequential"
-    assert "L[" not in fast.report.reason and warned, fast.report.reason
+    assert fast.report.ran == "sequential" and warned
+    assert "L[" not in fast.report.reason and "argument 1[" in fast.report.reason, fast.report.reason
 
 
 class InPlaceLayer(nn.Module):
@@ -642,3 +653,28 @@ def test_a_state_that_the_step_is_given_and_writes_in_place(what: str) -> None:
             assert_tree_same(fast(mine), plain(its), bound, "output")
         assert_tree_same(mine, its, bound, "input")
         assert what != "own" or fast.report.ran == "wavefront", fast.report.reason
+
+
+class ReadsBuffers(Whole):
+    """What the step writes in place is read at the end, and every `every`-th segment before."""
+
+    every = 100
+
+    def forward(self, x: Tensor) -> Any:
+        self.begin()
+        outputs, read = [], []
+        for at, segment in enumerate(self.segments(x)):
+            outputs.append(self.step(segment))
+            if at % self.every == self.every - 1:
+                read.append(sum(buffer.sum() for buffer in self.step.buffers()))
+                read.append(torch.as_tensor(next(self.step.buffers()).numpy().sum()))
+        return torch.cat(outputs, 1), read, [buffer.clone() for buffer in self.step.buffers()]
+
+
+def test_what_the_step_writes_in_place_may_be_read() -> None:
+    """It is written first, as at the end of the call."""
+    for every, waves in ((100, 6 + 3 - 1), (4, 4 + 3 - 1 + 2 + 3 - 1), (1, 18)):
+        plain = ReadsBuffers("buffer")
+        plain.every = every
+        check(plain, 6, 4, rtol=0.0, max_width=1)
+        assert check(plain, 6).waves == waves

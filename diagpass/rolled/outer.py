@@ -5,8 +5,11 @@ reads no *token* (a tensor without contents yet) simply runs. One that does is
 
 * run, if it makes a view: a view of a token has its contents as soon as the token has;
 * *deferred*, if it is an ATen operation that only computes new tensors: these are tokens too;
+* a *rewrite*, if it writes in place into a token: that stands for another value from then on, and what has
+  read it before keeps the value from before;
 * *written later*, if it writes a token's values into memory that no step has to do with;
-* *forced* otherwise: all that was recorded is run, the tokens get their contents, then it runs.
+* *forced* otherwise: all that was recorded is run, the tokens get their contents, then it runs. So is what
+  reaches a tensor's memory without an operation (NumPy, text, numbers in a list).
 
 What the step has been given must not be written afterwards: a step that waits would read the new values. Such
 a write is a :class:`~diagpass.rolled.run.Conflict`, and the call runs sequentially.
@@ -112,15 +115,14 @@ class OuterRun(Run):
         """Whether what the token stands for shares memory with something else."""
         return id(token) in self._families
 
-    def tokens(self) -> list[torch.Tensor]:
-        """The tokens without contents."""
-        found = (reference() for reference, _ in self._pending.values())
-        return [token for token in found if token is not None and id(token) in self._tokens]
-
-    @property
-    def writes_any(self) -> bool:
-        """Whether a step writes memory in place, at the end of the call."""
-        return bool(self._written)
+    def settle(self) -> None:
+        """Run all that is recorded, give all tokens their contents and write what steps write in place."""
+        self.drain()
+        self._floor = max(self._floor, self._done + 1)
+        filled = self.put()
+        for tensor in filled:
+            if id(tensor) in self._tokens:
+                self.touch(tensor)
 
     def writes(self, tensor: torch.Tensor) -> bool:
         """Whether a step writes this memory in place, at the end of the call."""
@@ -267,15 +269,20 @@ class Outer:
         self._write_all()
         self._read.clear()
 
+    def settle(self) -> None:
+        """Make all contents known, and write what steps write in place, as if the call ended here."""
+        self.forced += 1
+        self.line = _line()
+        self.run.settle()
+        self._write_all()
+        self._read.clear()
+
     def know_all(self) -> None:
         """Make all contents known: functions are about to run that may read any of them."""
         if self.failed is not None:
             raise self.failed
-        if not self.run.segments:
-            return
-        if self.run.writes_any:
-            self.fail("the model runs a higher-order operator between two steps that write in place")
-        self.force(self.run.tokens())
+        if self.run.segments:
+            self.settle()
 
     def operation(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """One operation of the Python around the step."""
@@ -288,7 +295,7 @@ class Outer:
         if not self.run.segments:
             return func(*args, **kwargs)
         if any(self.run.writes(tensor) for tensor in tensors):
-            self.fail("the model reads or writes, between two steps, what its step writes in place")
+            self.settle()
         if mutates:
             return self._mutation(func, args, kwargs, tensors)
         tokens = self._tokens((args, kwargs))
@@ -309,14 +316,13 @@ class Outer:
         if self.failed is not None:
             raise self.failed
         tensors = _tensors(values)
-        if any(self.run.writes(tensor) for tensor in tensors):
-            self.fail("the model reaches, between two steps, into memory that its step writes in place")
-        if self._tokens(values) or any(memory(tensor) in self._late for tensor in tensors):
+        written = any(self.run.writes(tensor) for tensor in tensors)
+        if written or self._tokens(values) or any(memory(tensor) in self._late for tensor in tensors):
             if _get_current_dispatch_mode() is not self._modes[1]:
                 self.fail("the model reads a result of its step under a mode of its own")
             self._modes[1].__exit__(None, None, None)  # only that of functions is off at present
             try:
-                self.force(tensors)
+                self.settle() if written else self.force(tensors)
             finally:
                 self._modes[1].__enter__()
 

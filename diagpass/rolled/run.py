@@ -535,6 +535,10 @@ class Run:
     def finish(self) -> None:
         """Put the final state where the step keeps it."""
         self.close()
+        self.put()
+
+    def put(self) -> list[torch.Tensor]:
+        """Give all tensors what they stand for; what has been recorded has run."""
         kept = [(reference(), box) for reference, box in list(self._pending.values())]
         found = [(tensor, box) for tensor, box in kept if tensor is not None and not self.dry]
         values = [self.final(box) for _, box in found]
@@ -546,6 +550,7 @@ class Run:
         ]
         fill_all([tensor for tensor, _ in found], values)
         self._pending, self._held, self._written, self._lumps = {}, {}, {}, {}
+        return [tensor for tensor, _ in found]
 
     def final(self, box: Box) -> torch.Tensor:
         """The value of a box at the end."""
