@@ -511,14 +511,14 @@ class Run:
                     if id(box) in states:
                         if self.writer is not None:
                             self.writer.kept(box)
-                        self._put(states.pop(id(box)), box.tensor())
+                        self._fill_tokens(states.pop(id(box)), box.tensor())
             found.extend(self.take())
 
         self._run_waves(max(self._waves, default=self._done), after)
         self._done = max(self._done, self._floor)
         return found + self.take()
 
-    def _put(self, keys: Sequence[int], value: torch.Tensor) -> None:
+    def _fill_tokens(self, keys: Sequence[int], value: torch.Tensor) -> None:
         """Fill tokens that stand for final state, as far as somebody still has them."""
         tokens = [
             token for key in keys if key in self._pending and (token := self._pending[key][0]()) is not None

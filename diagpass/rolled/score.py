@@ -505,7 +505,7 @@ class Following(Run):
                     target = target.narrow(*action.cut)
                 target.copy_(memory[action.sources[0]])
             elif action.keeps is not None:
-                self._put(self._standing_for(action.keeps), memory[action.sources[0]])
+                self._fill_tokens(self._standing_for(action.keeps), memory[action.sources[0]])
             elif action.target < 0:
                 action.function()  # type: ignore[misc]
             else:
