@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 FORM_BUDGET = 0.15  # seconds of timing for the forms of a group
 PRODUCT_BUDGET = 0.02  # and for the ways of a product
 MOST_BYTES = 2**28  # of a product's operands and result; larger ones stay batched
-HOPELESS = 1.5  # times as long for its products one by one: the single cell is not even compiled
+HOPELESS = 1.0  # times as long for its products one by one: more, and the single cell is not even compiled
 
 __all__ = ["Forms", "GroupForm", "is_measured"]
 
