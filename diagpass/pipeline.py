@@ -32,8 +32,8 @@ from diagpass.lowering.emit import Emitted, emit
 from diagpass.lowering.weights import WeightPlan, plan_weights, split_groups
 from diagpass.options import Options
 from diagpass.runtime.clock import current
-from diagpass.runtime.compiled import InductorKind, number_in_turn
-from diagpass.runtime.forms import Forms, Traced
+from diagpass.runtime.compiled import InductorKind
+from diagpass.runtime.forms import Forms, Traced, number_in_turn
 from diagpass.runtime.stacks import ALIGNMENT, WeightStacks
 from diagpass.runtime.timed import TimedWaves
 from diagpass.stages import stage

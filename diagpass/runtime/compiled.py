@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,13 +65,6 @@ class InductorKind(torch.nn.Module):
                     stacklevel=2,
                 )
         self._compiled = self.graph_module
-
-
-def number_in_turn(modules: Iterable[torch.nn.Module]) -> None:
-    """Let the graphs that are to be compiled know how many they are, for whoever watches."""
-    kinds = [module for module in modules if isinstance(module, InductorKind)]
-    for at, kind in enumerate(kinds):
-        kind.place = at, len(kinds)
 
 
 def _laid_out(operand: Any, stride: tuple[int, ...] | None) -> Any:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ PRODUCT_BUDGET = 0.02  # and for the ways of a product
 MOST_BYTES = 2**28  # of a product's operands and result; larger ones stay batched
 HOPELESS = 1.0  # times as long for its products one by one: more, and the single cell is not even compiled
 
-__all__ = ["Forms", "GroupForm", "is_measured"]
+__all__ = ["Forms", "GroupForm", "is_measured", "number_in_turn"]
 
 
 def is_measured(options: Options, device: torch.device) -> bool:
@@ -206,6 +206,18 @@ class Forms:
         """What a report says about the forms that were settled; ``number`` gives a kind's place in it."""
         settled = [form.facts(number(form.kind)) for form in self.made if form.choice is not None]
         return sorted(settled, key=lambda fact: (fact["kind"], fact["width"]))
+
+
+def number_in_turn(modules: Iterable[torch.nn.Module]) -> None:
+    """Let the graphs that are to be compiled know how many they are, for whoever watches."""
+    found: dict[InductorKind, None] = {}
+    for module in modules:
+        for form in module.candidates.values() if isinstance(module, GroupForm) else (module,):
+            graph = form.single.run if isinstance(form, _OneByOne) else form
+            if isinstance(graph, InductorKind):
+                found[graph] = None
+    for at, graph in enumerate(found):
+        graph.place = at, len(found)
 
 
 @dataclasses.dataclass(frozen=True)
