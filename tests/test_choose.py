@@ -23,10 +23,10 @@ from diagpass.runtime import choose as choose_module
 from diagpass.runtime.choose import CLEARLY, choose
 from diagpass.runtime.forms import is_measured
 from tests import rolled_models as models
-from tests.helpers import assert_same, assert_state_same, assert_tree_same, fast_copy
+from tests import tape
+from tests.helpers import assert_same, assert_tree_same, fast_copy
 from tests.models import ZOO
 from tests.rolled_models import B, D, L, T
-from tests.tape import Tape
 
 CPU = torch.device("cpu")
 FORMS = ("batched", "looped", "single")
@@ -193,15 +193,7 @@ def check(loop: SegmentLoop, fast: Any, name: str, rtol: float) -> None:
     states: list[Any] = [None, None]
     for seed in range(2):
         x = models.inputs("rnn_stack" if name == "scaled" else name, 7 * T, seed=seed)
-        with torch.no_grad():
-            if loop.carries_state:
-                expected, states[0] = loop(x, states[0])
-                got, states[1] = fast(x, states[1])
-                assert_tree_same(states[1], states[0], rtol, "returned state")
-            else:
-                expected, got = loop(x), fast(x)
-        assert_tree_same(got, expected, rtol, "output")
-        assert_state_same(fast.original, loop, rtol, "state")
+        tape.check(loop, fast, x, states, rtol)
 
 
 def ran(report: Any) -> set[tuple[str, bool]]:
@@ -282,7 +274,7 @@ def test_forms_that_write_their_results_are_the_same(
         if max_width == 1:
             return Direct(kinds)
         if kinds.runner is None:
-            kinds.runner = Replayed(kinds, Tape())  # type: ignore[arg-type]
+            kinds.runner = Replayed(kinds, tape.Tape())  # type: ignore[arg-type]
         return kinds.runner
 
     monkeypatch.setattr(run_module, "runner", runner)

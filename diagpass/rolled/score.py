@@ -40,6 +40,7 @@ FORMS = 256  # forms of calls that are remembered
 ATTEMPTS = 8  # to write down a call of one form: at first waves run that were not recorded
 
 Label = tuple[Hashable, ...]
+UNKNOWN: Label = ("unknown",)
 FACTS = (
     "segments",
     "cells",
@@ -74,6 +75,10 @@ class _Sources:
             if isinstance(leaf, torch.Tensor):
                 self._places[id(leaf)] = ("leaf", number, at)
 
+    def known(self, value: torch.Tensor) -> Label | None:
+        """The name of a tensor that was met before."""
+        return self._places.get(id(value))
+
     def arguments(self, run: Run, program: StepProgram, args: Sequence[Any]) -> list[Label]:
         """The names of what a step is given, weights aside."""
         return [("counter",) if at in program.idle else self.of(run, args[at]) for at in program.moving]
@@ -84,9 +89,9 @@ class _Sources:
             return "number", type(value), value
         box = run.waiting_box(value)
         if box is not None:
-            return box.label or ("unknown",)
+            return box.label or UNKNOWN
         if run.is_token(value):
-            return ("unknown",)
+            return UNKNOWN
         found = self._places.get(id(value))
         if found is None:
             found = self._places[id(value)] = ("outside", len(self.outside))
@@ -152,6 +157,14 @@ class Score:
         result.
     settled
         Per time that repeated segments ended, the labels of the last one's inputs and results.
+    leaves, spec
+        A segment's output: what in it is no tensor, and its structure.
+    joined
+        Per leaf that is a tensor, what the joined one is like.
+    facts
+        What a report says of the run.
+    standing
+        Where cells, stacks and weights were.
     """
 
     asked: list[_Asked] = dataclasses.field(default_factory=list)
@@ -221,7 +234,7 @@ class Writer:
         self._kinds = run.kinds
         self._constants.update(map(id, program.constants.values()))
         found = _Asked(program, self._sources.arguments(run, program, args))
-        if ("unknown",) in found.arguments:
+        if UNKNOWN in found.arguments:
             self.stop("a result is read after it was handed out")
         self.score.asked.append(found)
 
@@ -252,6 +265,8 @@ class Writer:
             self.score.asked[-1].leaves = [
                 self._sources.of(run, leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves
             ]
+            if UNKNOWN in self.score.asked[-1].leaves:
+                self.stop("an output comes from nowhere known")
         self._waiting.append(found)
 
     def settled(self, before: Sequence[Any], last: Sequence[Any]) -> None:
@@ -380,7 +395,7 @@ class Writer:
         return self._tensor(value)
 
     def _tensor(self, value: torch.Tensor) -> int:
-        known = self._sources._places.get(id(value))
+        known = self._sources.known(value)
         if known is not None:
             return self._at(known)
         if id(value) in self._constants or (self._kinds is not None and self._kinds.is_object(value)):
