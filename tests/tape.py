@@ -15,7 +15,7 @@ import torch
 
 from diagpass import SegmentLoop
 from diagpass.rolled import run as run_module
-from diagpass.rolled.score import Scores
+from diagpass.rolled.scores import Scores
 from diagpass.rolled.waves import Direct, Replayed, WaveWork
 from diagpass.runtime.buffers import Buffers
 from tests.helpers import assert_state_same, assert_tree_same

@@ -37,10 +37,10 @@ from diagpass.options import Options
 from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
 from diagpass.report import Report
 from diagpass.rolled.check import compare, named_results, run_in_double
+from diagpass.rolled.follow import Changed, Following
 from diagpass.rolled.layout import fixed_layout
 from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight, Run, as_captured
-from diagpass.rolled.score import Changed, Following
 from diagpass.rolled.session import OutsideWrite, StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
 from diagpass.rolled.undo import Undo

@@ -21,7 +21,7 @@ from diagpass.rolled.capture import capture
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import Refused, StepProgram, make_program
 from diagpass.rolled.run import Run
-from diagpass.rolled.score import Scores
+from diagpass.rolled.scores import Scores
 from diagpass.stages import say
 from diagpass.state import Snapshot
 
