@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,13 @@ from diagpass.options import Options
 from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
 from diagpass.report import Report
 from diagpass.rolled.check import compare, named_results, run_in_double
-from diagpass.rolled.follow import Changed, Following
+from diagpass.rolled.fills import Fills
+from diagpass.rolled.follow import Changed, Following, Given
 from diagpass.rolled.layout import fixed_layout
+from diagpass.rolled.pages import Playing
 from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight, Run, as_captured
+from diagpass.rolled.score import Score
 from diagpass.rolled.session import OutsideWrite, StepSession
 from diagpass.rolled.summary import narrowness, rolled_report
 from diagpass.rolled.undo import Undo
@@ -185,32 +188,39 @@ class TransformedLoop(Transformed):
         CaptureFailed, Refused, Conflict
             It has to run as it stands, from the state after the reset.
         """
-        loop, session = self._original, self._session
-        self._begin()
+        loop = self._original
+        self._make_room()
         whole = call_key(loop, (segments[0], segments[-1], state), kwargs)
         form = whole, len(segments), max_width
-        follows = True
+        given, session = Given(segments), self._session
+        scores = session.scores.get(form, session.kinds)
+        ahead = _ahead(scores, given)
+        fills = self._begin(any(score.pages is not None and score.pages.watched for score in scores))
+        scores = session.scores.still(scores, session.kinds)
         while True:
-            scores = session.scores.get(form, session.kinds) if follows else []
-            run = Following(session.kinds, scores) if scores else Run(session.kinds, max_width)
+            session = self._session
+            run = (
+                Following(session.kinds, scores, given.leaves, ahead, fills)
+                if scores
+                else Run(session.kinds, max_width)
+            )
             run.undo = Undo(loop.step, state, whole=not session.programs)
             run.carried = carried = Carried(state)
             try:
                 if isinstance(run, Following):
-                    joined = self._follow(run, segments, kwargs)
-                    session.scores.followed += 1
+                    joined = self._follow(run, given.segments, kwargs)
                 else:
                     joined = self._recorded(run, segments, kwargs, form)
             except Changed as changed:
                 log.info("a call of %d segments is recorded anew: %s", len(segments), changed)
                 run.undo.restore()
                 session.scores.drop(form, run.score if isinstance(run, Following) else None)
-                follows = False
+                scores = []
                 continue
             except NotAWeight as found:
                 run.undo.restore()
                 self._take_for_state(found.names)
-                session = self._session
+                scores = []
                 continue
             except OutsideWrite as refused:
                 run.undo.restore()
@@ -238,8 +248,7 @@ class TransformedLoop(Transformed):
     def _follow(self, run: Following, segments: list[Any], kwargs: dict) -> Any:
         """Do what the score says, if Dynamo says that the call is the same; the outputs, joined."""
         for segment in segments:
-            segment = tree_map(functools.partial(_fixed, own=False), segment)
-            run.begin(tree_leaves(segment))
+            run.begin()
             if run.repeats:
                 if not run.repeat.skip(segment):
                     raise Changed("a segment does not repeat that did")
@@ -251,8 +260,9 @@ class TransformedLoop(Transformed):
                 del result  # a result that somebody holds at the end is to be filled
             with as_captured():
                 run.perform()
-        joined = run.result()
+        joined, given = run.result(), run.given()
         run.finish()
+        self._session.scores.was_followed(run.chosen(), given, run.kinds)
         return joined
 
     def verify(self, inputs: Any, /, state: Any = None, **kwargs: Any) -> dict[str, dict[str, float]]:
@@ -340,6 +350,7 @@ class TransformedLoop(Transformed):
         with self._lock:
             self._check_whole()
             view = View(loop.step)
+            self._make_room()
             self._begin()
             view.begin()
             run.undo = view
@@ -501,16 +512,22 @@ class TransformedLoop(Transformed):
             raise refused
         log.info("run twice as it stands, which fills what is kept outside of the step")
 
-    def _begin(self) -> None:
-        """Start a call: reset, and say that earlier streams are over."""
+    def _begin(self, is_watched: bool = False) -> Fills | None:
+        """Start a call: reset, and say that earlier streams are over; what a watched reset made."""
+        fills = Fills() if is_watched and self._original.reset is not None else None
+        with fills or contextlib.nullcontext():
+            self._original.reset_step()
+        self._original._runs += 1
+        self.__dict__["_broken"] = None
+        return fills
+
+    def _make_room(self) -> None:
+        """Forget what was captured if it is too much."""
         if len(self._session.programs) > MAX_PROGRAMS:
             log.info("dropped %d captured behaviours: too many", len(self._session.programs))
             captures = self._session.captures
             session = StepSession(self._original.step, self._options, captures=captures)
             self.__dict__.update(_session=session, _entry=make_entry(self._original.step, session))
-        self._original.reset_step()
-        self._original._runs += 1
-        self.__dict__["_broken"] = None
 
     def _check_whole(self) -> None:
         if self._broken is not None and self._original.reset is None and not self._original.carries_state:
@@ -608,6 +625,16 @@ def explain_loop(loop: SegmentLoop, args: tuple, kwargs: dict) -> Report:
 
 
 _STOPS = (CaptureFailed, Refused, Conflict)
+
+
+def _ahead(scores: Sequence[Score], given: Given) -> Playing | None:
+    """Begin to play what an earlier call did, if all that is there before this one is foreseen."""
+    for score in scores:
+        if score.pages is not None and score.pages.are_foreseen:
+            playing = Playing(score.pages, given.leaves)
+            playing.play_ahead()
+            return playing
+    return None
 
 
 def _go_on(loop: SegmentLoop, segments: Iterable[Any], state: Any, kwargs: dict) -> Any:

@@ -511,20 +511,23 @@ class Run:
                     if id(box) in states:
                         if self.writer is not None:
                             self.writer.kept(box)
-                        self._fill_tokens(states.pop(id(box)), box.tensor())
+                        keys = states.pop(id(box))
+                        self._fill_tokens(keys, [box.tensor()] * len(keys))
             found.extend(self.take())
 
         self._run_waves(max(self._waves, default=self._done), after)
         self._done = max(self._done, self._floor)
         return found + self.take()
 
-    def _fill_tokens(self, keys: Sequence[int], value: torch.Tensor) -> None:
+    def _fill_tokens(self, keys: Sequence[int], values: Sequence[torch.Tensor]) -> None:
         """Fill tokens that stand for final state, as far as somebody still has them."""
-        tokens = [
-            token for key in keys if key in self._pending and (token := self._pending[key][0]()) is not None
+        found = [
+            (token, value)
+            for key, value in zip(keys, values, strict=True)
+            if key in self._pending and (token := self._pending[key][0]()) is not None
         ]
-        fill_all(tokens, [value] * len(tokens))
-        for token in tokens:
+        fill_all([token for token, _ in found], [value for _, value in found])
+        for token, _ in found:
             del self._pending[id(token)]
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from diagpass.rolled.kinds import Kinds, Standing
 from diagpass.rolled.program import StepProgram
 from diagpass.rolled.run import Run
 from diagpass.rolled.values import Box, Row
+from diagpass.rolled.waves import WaveWork
 
 __all__ = ["Action", "Asked", "Label", "Score", "Sources", "Writer"]
 
@@ -110,7 +111,8 @@ class Action:
     """``memory[target] = function(*memory[sources])``; no longer needed after it: ``dead``.
 
     With ``copies`` the target is written to instead, with ``cut`` (dim, start, length) only that part of it;
-    with ``keeps`` what stands for the state of that label.
+    with ``keeps`` what stands for the state of that label. ``works`` are what a replay repeats, which do not
+    depend on each other.
     """
 
     function: Callable[..., Any] | None
@@ -120,6 +122,7 @@ class Action:
     cut: tuple[int, int, int] | None = None
     keeps: Label | None = None
     dead: tuple[int, ...] = ()
+    works: Sequence[Callable[[], None]] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -151,6 +154,12 @@ class Score:
         What a report says of the run.
     standing
         Where cells, stacks and weights were.
+    met
+        Per tensor outside, with which segment it was met.
+    followed
+        How many calls did the same.
+    pages
+        The score as few launches; None as long as there is none.
     """
 
     asked: list[Asked] = dataclasses.field(default_factory=list)
@@ -166,6 +175,9 @@ class Score:
     joined: dict[int, _Joined] = dataclasses.field(default_factory=dict)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     standing: Standing | None = None
+    met: list[int] = dataclasses.field(default_factory=list)
+    followed: int = 0
+    pages: Any = None
 
 
 class Writer:
@@ -223,6 +235,7 @@ class Writer:
         if UNKNOWN in found.arguments:
             self.stop("a result is read after it was handed out")
         self.score.asked.append(found)
+        self._met()
 
     def returned(self, run: Run, program: StepProgram, boxes: dict[Any, Any]) -> None:
         """The segment's results are these."""
@@ -253,7 +266,13 @@ class Writer:
             ]
             if UNKNOWN in self.score.asked[-1].leaves:
                 self.stop("an output comes from nowhere known")
+            self._met()
         self._waiting.append(found)
+
+    def _met(self) -> None:
+        """Say with which segment tensors outside were met that were not known before."""
+        fresh = len(self._sources.outside) - len(self.score.met)
+        self.score.met += [len(self.score.repeats) - 1] * fresh
 
     def settled(self, before: Sequence[Any], last: Sequence[Any]) -> None:
         """Repeated segments are over; the last one's inputs and results are these."""
@@ -284,12 +303,12 @@ class Writer:
         """A value was copied to where waves can read it again."""
         self._copy(box, lambda: self._row(row))
 
-    def launched(self, again: Callable[[], None] | None) -> None:
+    def launched(self, again: Callable[[], None] | None, work: WaveWork) -> None:
         """A wave ran, which ``again`` repeats."""
         if again is None:
             self.stop("a wave ran for the first time")
         else:
-            self.score.actions.append(Action(again, ()))
+            self.score.actions.append(Action(again, (), works=work.launches(self._buffers)))
 
     def filled(self) -> None:
         """The next segment's output is complete, and was handed out."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 
-from diagpass.rolled.kinds import Kinds
+import torch
+
+from diagpass.rolled.kinds import Kinds, Standing
+from diagpass.rolled.pages import press
 from diagpass.rolled.score import Score, Writer
 from diagpass.runtime.clock import current
 
@@ -40,14 +43,34 @@ class Scores:
             return []
         kinds.refresh()
         standing = kinds.standing()
-        scores[:] = [
-            score for score in scores if score.standing is not None and score.standing.is_same(standing)
-        ]
+        scores[:] = [score for score in scores if _stands(score, standing)]
         if not kinds.runner.buffers.are_free:  # a stream is under way
             return []
         kinds.runner.follow_stream()
         self._known.move_to_end(form)
         return list(scores)
+
+    def still(self, scores: Sequence[Score], kinds: Kinds) -> list[Score]:
+        """Those of the scores that hold after the reset, too."""
+        if not scores:
+            return []
+        kinds.refresh()
+        return [score for score in scores if _stands(score, kinds.standing())]
+
+    def was_followed(self, score: Score, given: Mapping[int, torch.Tensor], kinds: Kinds) -> None:
+        """Count; a score that was followed for the first time is pressed.
+
+        Parameters
+        ----------
+        score, kinds
+            What was followed, and the kinds of its cells.
+        given
+            What the call gave, by its place in the score's memory.
+        """
+        self.followed += 1
+        score.followed += 1
+        if score.followed == 1:
+            score.pages = press(score, given, kinds.runner.recorder, kinds.runner.buffers)
 
     def writer(self, form: Hashable, dim: int, kinds: Kinds) -> Writer | None:
         """What writes a score for a form; None where there is no use in one."""
@@ -75,3 +98,8 @@ class Scores:
         scores = self._known.get(form, [])
         if score in scores:
             scores.remove(score)
+
+
+def _stands(score: Score, standing: Standing) -> bool:
+    """Whether weights and buffers are where they were."""
+    return score.standing is not None and score.standing.is_same(standing)

@@ -147,17 +147,52 @@ class Job:
         self.into.run(*operands, *self.results)
 
 
-class WaveWork:
-    """The groups of a wave, to be run in turn; ``key`` names all that they read and write."""
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A group's call; its operands and results are named by where they lie, so that it holds no loan."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
-        self.key = tuple(job.key for job in jobs)
+    into: Into
+    operands: list[torch.Tensor | list[torch.Tensor]]
+    results: list[torch.Tensor]
+
+    def __call__(self) -> None:
+        """Do it."""
+        operands = [torch.cat(item) if isinstance(item, list) else item for item in self.operands]
+        self.into.run(*operands, *self.results)
+
+
+class WaveWork:
+    """The groups of a wave, the widest first; ``key`` names all that they read and write.
+
+    Parameters
+    ----------
+    jobs
+        The groups.
+    beside
+        What does works that do not depend on each other.
+    """
+
+    def __init__(self, jobs: Sequence[Job], beside: Callable[[Sequence[Callable[[], None]]], None]) -> None:
+        self.jobs = sorted(jobs, key=lambda job: -job.results[0].shape[0] if job.results else 0)
+        self.key = tuple(job.key for job in self.jobs)
+        self._beside = beside
 
     def __call__(self) -> None:
         """Run them."""
-        for job in self.jobs:
-            job.run()
+        self._beside([job.run for job in self.jobs])
+
+    def launches(self, buffers: Buffers) -> list[Launch]:
+        """The same as calls that hold no loan."""
+
+        def place(item: Any) -> Any:
+            return (
+                [buffers.settled(part) for part in item] if isinstance(item, list) else buffers.settled(item)
+            )
+
+        return [
+            Launch(job.into, [place(item) for item in job.operands()], [place(item) for item in job.results])
+            for job in self.jobs
+        ]
 
 
 class Replayed:
@@ -174,6 +209,7 @@ class Replayed:
     def __init__(self, kinds: Kinds, recorder: Recorder) -> None:
         self.kinds = kinds
         self.buffers = Buffers()
+        self.recorder = recorder
         self.replays = Replays(recorder)
         self._direct = Direct(kinds)
         self._stream: Any = None
@@ -197,11 +233,11 @@ class Replayed:
                 jobs.append((job, kind, group, members))
                 batched += len(group) if len(group) > 1 else 0
         if jobs:
-            work = WaveWork([job for job, *_ in jobs])
+            work = WaveWork([job for job, *_ in jobs], self.recorder.beside)
             with clock_of_groups(*((kind, group) for _, kind, group, _ in jobs)):
                 again = self.replays.run(work.key, work)
             if writer is not None:
-                writer.launched(again)
+                writer.launched(again, work)
         for job, kind, group, members in jobs:
             for (loan, start), nodes in zip(job.rows, kind.outputs, strict=True):
                 _put(None, loan, nodes, group, members, loan.data_ptr(), start)

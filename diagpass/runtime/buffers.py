@@ -80,6 +80,13 @@ class Buffers:
         """The buffer at an address: its memory, which is not lent by this."""
         return self._memory[address]
 
+    def settled(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same place by its buffer, which this does not lend; a tensor outside of buffers as it is."""
+        memory = self._memory.get(tensor.untyped_storage().data_ptr())
+        if memory is None:
+            return tensor
+        return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
     @property
     def are_free(self) -> bool:
         """Whether nothing is lent."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,23 @@ class Recorder(Protocol):
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record the work and also do it once; returns what does it again, at the same addresses."""
+        ...
+
+    def press(
+        self, work: Callable[[], Sequence[torch.Tensor]]
+    ) -> tuple[Callable[[], None], list[torch.Tensor]]:
+        """Record work that makes tensors of its own.
+
+        Returns
+        -------
+        tuple
+            What does it (it has not been done yet), and its tensors. They hold what it left until something
+            else of this recorder runs, and keep no memory from that.
+        """
+        ...
+
+    def beside(self, works: Sequence[Callable[[], None]]) -> None:
+        """Do works that do not depend on each other; in a recording they may overlap."""
         ...
 
 
@@ -79,16 +96,43 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._lane = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._pool: Any = None
-        with torch.cuda.stream(self._stream), torch.inference_mode(False):
-            for dtype in (torch.float32, torch.bfloat16):  # the libraries' workspaces outlive any graph
-                one = torch.ones(16, 16, device=device, dtype=dtype)
-                torch.mm(one, one)
-        torch.cuda.current_stream(device).wait_stream(self._stream)
+        for stream in (self._stream, self._lane):
+            with torch.cuda.stream(stream), torch.inference_mode(False):
+                for dtype in (torch.float32, torch.bfloat16):  # the libraries' workspaces outlive any graph
+                    one = torch.ones(16, 16, device=device, dtype=dtype)
+                    torch.mm(one, one)
+            torch.cuda.current_stream(device).wait_stream(stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Capture the work and replay it once."""
+        again, _ = self._capture(work)
+        again()
+        return again
+
+    def press(
+        self, work: Callable[[], Sequence[torch.Tensor]]
+    ) -> tuple[Callable[[], None], list[torch.Tensor]]:
+        """Capture the work; see :meth:`Recorder.press`."""
+        again, found = self._capture(work)
+        return again, [_alias(tensor) for tensor in found]
+
+    def beside(self, works: Sequence[Callable[[], None]]) -> None:
+        """Do works, the first beside all others; see :meth:`Recorder.beside`."""
+        stream = torch.cuda.current_stream(self._device)
+        if len(works) < 2 or stream != self._stream:
+            for work in works:
+                work()
+            return
+        self._lane.wait_stream(stream)
+        with torch.cuda.stream(self._lane):
+            for work in works[1:]:
+                work()
+        works[0]()
+        stream.wait_stream(self._lane)
+
+    def _capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -96,9 +140,25 @@ class CudaRecorder:
                 self._pool = torch.cuda.graph_pool_handle()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                work()
+                found = work()
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        graph.replay()
-        return graph.replay
+        return graph.replay, found
+
+
+class _Memory:
+    """Device memory by its address, for whoever reads ``__cuda_array_interface__``."""
+
+    def __init__(self, tensor: torch.Tensor, size: int) -> None:
+        place = tensor.data_ptr(), False
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": place, "version": 3}
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, held by nobody."""
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() == 0:
+        return torch.empty_like(tensor)
+    raw = torch.as_tensor(_Memory(tensor, span * tensor.element_size()), device=tensor.device)
+    return raw.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

@@ -66,7 +66,7 @@ def test_outputs_and_state_are_as_good_as_the_plain_loop(dtype: torch.dtype, mon
     exact = call(exact_loop, ids)
     plain = moved(loop)
     fast: Any = diagpass.transform(moved(loop), options={"schedule": "wavefront"})
-    for _ in range(4):
+    for _ in range(8):
         expected, got = call(plain, ids.cuda()), call(fast, ids.cuda())
         assert_closer(exact, got, expected)
         assert_closer(state(exact_loop), state(fast.original), state(plain))
