@@ -116,6 +116,7 @@ class StrongestSequential:
             return after(hidden)
 
         cell.zero_mem()
+        self._read = layer, before, after  # a CUDA graph does not keep the constants that it reads
         self.run, self.out = {}, {}
         for first in (True, False):
             self.run[first], self.out[first] = _graphed(lambda first=first: segment(first), device.type)
