@@ -25,7 +25,8 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, held by nobody."""
     size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     raw = (ctypes.c_byte * (size * tensor.element_size())).from_address(tensor.data_ptr())
-    return torch.frombuffer(raw, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    with torch.inference_mode(False):
+        return torch.frombuffer(raw, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 class Tape:
