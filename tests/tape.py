@@ -79,7 +79,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoning(self: Scores, form: Any, kinds: Any) -> Any:
         found = get(self, form, kinds)
-        for memory in kinds.runner.buffers._memory.values() if found else ():
+        for buffer in kinds.runner.buffers._at.values() if found else ():
+            memory = buffer.memory
             memory.fill_(float("nan") if memory.is_floating_point() else -1)
         return found
 
