@@ -295,7 +295,7 @@ class _Shelf:
         self._kinds, self._buffers = kinds, buffers
         self._expected: dict[int, list[int]] = {}
         self._taken: dict[tuple, tuple[torch.Tensor, int]] = {}
-        self._spare: dict[int, Box] = {}
+        self._spare: dict[tuple[int, int], Box] = {}
 
     def expect(self, kind: Kind, cells: Sequence[PendingCell]) -> None:
         """Say that a group of a kind is to come."""
@@ -319,15 +319,16 @@ class _Shelf:
         """A loan for a kind's results in this wave, and the first of the rows in it that are for them.
 
         Cells of several segments are on the way to the steady state, or come from there, and get a buffer
-        that serves it. Those of one segment get what they need: a kind of the first segment never has more.
+        that serves it. Those of one segment get little more than they need: of a kind of the first segment
+        there are never more.
         """
         segments = self._expected[kind.index]
         aligned = math.prod(row) * dtype.itemsize % ALIGNMENT == 0
         count = len(segments) if aligned else width
+        rows, spare = self._kinds.full_width(kind), int(aligned)
         if len(set(segments)) == 1:
-            return self._buffers.lend((count, *row), dtype, device), 0
-        spare, full = int(aligned), self._kinds.full_width(kind)
-        return self._buffers.lend((count, *row), dtype, device, full, spare), spare
+            rows, spare = min(rows, 1 << (count - 1).bit_length()), 0  # powers of two: few sorts
+        return self._buffers.lend((count, *row), dtype, device, rows, spare), spare
 
     def before(self, following: Any, box: Box, value: torch.Tensor) -> Row | None:
         """The spare row in front of what follows, for a box's value; None if there is none for it."""
@@ -335,11 +336,12 @@ class _Shelf:
             return None
         stack = following.stacked
         fits = (value.shape, value.dtype, value.device) == (stack.shape[1:], stack.dtype, stack.device)
-        if not fits or following.index - 1 not in self._buffers.spare(following.address):
+        place = following.address, following.index - 1
+        if not fits or place[1] not in self._buffers.spare(place[0]):
             return None
-        if self._spare.setdefault(following.address, box) is not box:
+        if self._spare.setdefault(place, box) is not box:
             return None  # something else is in it
-        return Row(stack, following.index - 1, following.width, following.address)
+        return Row(stack, place[1], following.width, place[0])
 
 
 def _place(value: Any, count: int) -> tuple:
