@@ -81,22 +81,31 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a buffer held is gone when it is lent, and when a score is followed: who still reads it fails."""
-    lend = Buffers.lend
+    """What a buffer held is gone when it is lent, what a spare row held when its wave is over, and all of it
+    when a score is followed: who still reads it fails.
+    """
+    lend, run, get = Buffers.lend, Replayed.__call__, Scores.get
+
+    def spoil(memory: torch.Tensor) -> torch.Tensor:
+        return memory.fill_(float("nan") if memory.is_floating_point() else -1)
 
     def poisoned(self: Buffers, *args: Any) -> torch.Tensor:
-        loan = lend(self, *args)
-        return loan.fill_(float("nan")) if loan.is_floating_point() else loan.fill_(-1)
+        return spoil(lend(self, *args))
 
-    monkeypatch.setattr(Buffers, "lend", poisoned)
-    get = Scores.get
+    def running(self: Replayed, cells: Any) -> int:
+        batched = run(self, cells)
+        for buffer in self.buffers._at.values():
+            spoil(buffer.memory[: buffer.spare])
+        return batched
 
     def poisoning(self: Scores, form: Any, kinds: Any) -> Any:
         found = get(self, form, kinds)
-        for memory in kinds.runner.buffers._memory.values() if found else ():
-            memory.fill_(float("nan") if memory.is_floating_point() else -1)
+        for buffer in kinds.runner.buffers._at.values() if found else ():
+            spoil(buffer.memory)
         return found
 
+    monkeypatch.setattr(Buffers, "lend", poisoned)
+    monkeypatch.setattr(Replayed, "__call__", running)
     monkeypatch.setattr(Scores, "get", poisoning)
 
 

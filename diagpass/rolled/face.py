@@ -386,7 +386,7 @@ class TransformedLoop(Transformed):
                 yield from done
             with self._lock, view:
                 self._check_alone(number, run.segments)
-                done = run.drain()
+                done = run.drain(final=True)
             yield from done[:-1]
             with self._lock, view:
                 self._check_alone(number, run.segments)

@@ -109,6 +109,7 @@ class Run:
         self.repeat = Repeat()
         self.last: tuple[StepProgram, Sequence[Any], list[Any]] | None = None
         self._waiting: deque[tuple[Any, int, list[tuple[torch.Tensor, Box]]]] = deque()
+        self._complete: list[Any] = []
 
     # Recording.
 
@@ -477,7 +478,12 @@ class Run:
 
     def take(self) -> list[Any]:
         """The results of segments, in order, that are complete by now; their tokens are filled."""
-        found = []
+        self._fill_results()
+        found, self._complete = self._complete, []
+        return found
+
+    def _fill_results(self) -> None:
+        """Fill the tokens of results that are complete: right after a wave, to free what it left for them."""
         while self._waiting and self._waiting[0][1] <= self._done:
             value, _, tokens = self._waiting.popleft()
             for token, box in tokens:
@@ -488,8 +494,7 @@ class Run:
                     self._handed_out[id(token)] = self._watch(token)
             if self.writer is not None:
                 self.writer.filled()
-            found.append(value)
-        return found
+            self._complete.append(value)
 
     def drain(self, final: bool = False) -> list[Any]:
         """Run all that is left; the results of the last segments.
@@ -497,27 +502,25 @@ class Run:
         With ``final`` no segment follows: state is put where it stays as soon as it is there, so that it does
         not hold the memory of a whole wave.
         """
-        found: list[Any] = []
-        states: dict[int, list[int]] = {}
-        if final and not self.dry:
+        final = final and not self.dry
+        if final:
             self.close()
-            for key, (_, box) in self._pending.items():
-                if key in self._tokens:
-                    states.setdefault(id(box), []).append(key)
-
-        def after(cells: Sequence[PendingCell]) -> None:
-            for cell in cells:
-                for box in cell.outputs.values():
-                    if id(box) in states:
-                        if self.writer is not None:
-                            self.writer.kept(box)
-                        keys = states.pop(id(box))
-                        self._fill_tokens(keys, [box.tensor()] * len(keys))
-            found.extend(self.take())
-
-        self._run_waves(max(self._waves, default=self._done), after)
+            with as_captured():
+                self._keep_states()
+        self._run_waves(max(self._waves, default=self._done), self._keep_states if final else None)
         self._done = max(self._done, self._floor)
-        return found + self.take()
+        return self.take()
+
+    def _keep_states(self) -> None:
+        """Fill the tokens that stand for final state, of all state that is there by now."""
+        found: dict[int, tuple[Box, list[int]]] = {}
+        for key, (_, box) in list(self._pending.items()):
+            if key in self._tokens and NOW < box.ready <= self._done:
+                found.setdefault(id(box), (box, []))[1].append(key)
+        for box, keys in found.values():
+            if self.writer is not None:
+                self.writer.kept(box)
+            self._fill_tokens(keys, [box.tensor()] * len(keys))
 
     def _fill_tokens(self, keys: Sequence[int], values: Sequence[torch.Tensor]) -> None:
         """Fill tokens that stand for final state, as far as somebody still has them."""
@@ -533,7 +536,7 @@ class Run:
     def close(self) -> None:
         """No segment follows: let go of what recording another would need."""
         self.repeat.settle(self)
-        self.last, self.scope = None, {}
+        self.last, self.scope, self._lumps = None, {}, {}
 
     def finish(self) -> None:
         """Put the final state where the step keeps it."""
@@ -559,7 +562,7 @@ class Run:
         """The value of a box at the end."""
         return box.tensor()
 
-    def _run_waves(self, last: int, after: Callable[[Sequence[PendingCell]], None] | None = None) -> None:
+    def _run_waves(self, last: int, after: Callable[[], None] | None = None) -> None:
         if self._done < last and not self.dry and not self._fresh:
             self.kinds.refresh()
             self._fresh = True
@@ -569,8 +572,9 @@ class Run:
                 cells = self._waves.pop(self._done, [])
                 if cells:
                     self._wave(cells)
+                    self._fill_results()
                     if after is not None:
-                        after(cells)
+                        after()
 
     def _wave(self, cells: list[PendingCell]) -> None:
         cells.sort(key=lambda cell: (cell.layer, cell.segment))

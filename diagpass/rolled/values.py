@@ -26,7 +26,7 @@ _NOBODY: frozenset[int] = frozenset()
 class Row:
     """Row ``index`` of ``stacked``, whose first axis has ``width`` entries.
 
-    ``address`` is there if the stack is contiguous and lies where it will lie again.
+    ``address`` is there if the stack is contiguous and lies where it will lie again; it is that of row 0.
     """
 
     __slots__ = ("address", "index", "stacked", "width")
@@ -99,11 +99,9 @@ class Box:
     def tensor(self) -> Any:
         """The value by itself: a row becomes a view of its stack."""
         value = self.value
-        if type(value) is Row:
-            return value.stacked.select(0, value.index)
         if value is None:
             raise AssertionError("a deferred value was read before its cell had run")
-        return value
+        return tensor_of(value)
 
 
 class _Heard(threading.local):
@@ -192,11 +190,16 @@ def gather(boxes: Sequence[Box]) -> torch.Tensor:
     values = [box.value for box in boxes]
     if all(type(value) is not Row for value in values):
         return torch.stack(values)
-    parts = parts_of(boxes)
+    parts = parts_of(values)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def parts_of(boxes: Sequence[Box]) -> list[torch.Tensor]:
+def tensor_of(value: Any) -> Any:
+    """A value by itself: a row becomes a view of its stack."""
+    return value.stacked.select(0, value.index) if type(value) is Row else value
+
+
+def parts_of(values: Sequence[Any]) -> list[torch.Tensor]:
     """The values of several cells as few tensors with a leading group axis, to be put together in order."""
     return [
         first.unsqueeze(0)
@@ -204,7 +207,7 @@ def parts_of(boxes: Sequence[Box]) -> list[torch.Tensor]:
         else first.stacked
         if (first.index, count) == (0, first.width)
         else first.stacked.narrow(0, first.index, count)
-        for first, count in runs_of([box.value for box in boxes])
+        for first, count in runs_of(values)
     ]
 
 

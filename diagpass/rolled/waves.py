@@ -4,6 +4,11 @@
 addresses that come again (:mod:`diagpass.runtime.buffers`), so that the wave of the steady state, and those
 of the ramps from the second call on, are one launch each (:mod:`diagpass.runtime.replay`). What lies
 elsewhere (the inputs of a segment, what a reset put in place) is copied to such an address first.
+
+A group of the steady state mostly reads the results of the wave before it, shifted by a layer: the first of
+its cells reads what is new, each other one the row of the cell below. So a loan has a *spare* row in front of
+the results in it, and what is new is copied there: the group reads one piece of memory, nothing is put
+together. A spare row is read by the wave that it was filled for and by nobody else.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import torch.fx as fx
 
 from diagpass.ir import Kind
 from diagpass.rolled.kinds import Into, Kinds
-from diagpass.rolled.values import Box, Row, gather, listener, parts_of, runs_of
+from diagpass.rolled.values import Box, Row, gather, listener, parts_of, runs_of, tensor_of
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.clock import clock_of_groups
 from diagpass.runtime.replay import CudaRecorder, Recorder, Replays
@@ -123,12 +128,13 @@ class Direct:
 class Job:
     """A group with its operands and results at addresses of their own.
 
-    ``rows`` are the loans that the results lie in, with the first row of each.
+    ``moving`` has slots with their values and whether the cells share them; ``rows`` are the loans that the
+    results lie in, with the first row of each.
     """
 
     into: Into
     fixed: Sequence[Any]
-    moving: list[tuple[int, list[Box], bool]]
+    moving: list[tuple[int, list[Any], bool]]
     results: list[torch.Tensor]
     key: tuple
     rows: list[tuple[torch.Tensor, int]]
@@ -136,8 +142,8 @@ class Job:
     def operands(self) -> list[torch.Tensor | list[torch.Tensor]]:
         """What the group's form takes; a list of tensors is to be put together first."""
         found: list[Any] = [None if item is None else item[0] for item in self.fixed]
-        for at, boxes, is_shared in self.moving:
-            parts = [boxes[0].tensor()] if is_shared else parts_of(boxes)
+        for at, values, is_shared in self.moving:
+            parts = [tensor_of(values[0])] if is_shared else parts_of(values)
             found[at] = parts[0] if len(parts) == 1 else parts
         return found
 
@@ -223,7 +229,7 @@ class Replayed:
         groups = self.kinds.groups(tuple(cell.number for cell in cells))
         shelf = _Shelf(self.kinds, self.buffers)
         for kind, positions, _ in groups:
-            shelf.expect(kind, len(positions))
+            shelf.expect(kind, [cells[at] for at in positions])
         for kind, positions, members in groups:
             group = [cells[at] for at in positions]
             job = self._job(kind, group, members, shelf)
@@ -261,16 +267,11 @@ class Replayed:
         moving = []
         for at, sources in plan.moving:
             boxes = _boxes(self.kinds, sources, cells)
-            first = boxes[0]
-            same = len(boxes) > 1 and all(box is first for box in boxes)
-            shared[at] = same
-            moving.append((at, boxes, same))
-            values = []
-            for box in boxes[:1] if same else boxes:
-                value = self._settled(box) if isinstance(box, Box) else None
-                if value is None:
-                    return None
-                values.append(value)
+            shared[at] = len(boxes) > 1 and all(box is boxes[0] for box in boxes)
+            values = self._settled(boxes[:1] if shared[at] else boxes, shelf)
+            if values is None:
+                return None
+            moving.append((at, values, shared[at]))
             key += [_place(value, count) for value, count in runs_of(values)]
         into = self.kinds.into(kind, len(cells), tuple(shared))
         if into is None:
@@ -280,8 +281,19 @@ class Replayed:
         key += [result.data_ptr() for result in results]
         return Job(into, plan.fixed, moving, results, (into.number, *key), rows)
 
-    def _settled(self, box: Box) -> Any:
-        """The value, seen to lie where it can be read again; None if it is none that can."""
+    def _settled(self, boxes: Sequence[Any], shelf: _Shelf) -> list[Any] | None:
+        """What a slot's boxes hold, seen to lie where it can be read again; None if one of them cannot."""
+        found: list[Any] = []
+        following = None
+        for box in reversed(boxes):
+            following = self._settle(box, following, shelf) if isinstance(box, Box) else None
+            if following is None:
+                return None
+            found.append(following)
+        return found[::-1]
+
+    def _settle(self, box: Box, following: Any, shelf: _Shelf) -> Any:
+        """One value, which is read just before another one; see :meth:`_settled`."""
         value = box.value
         if type(value) is Row:
             if value.address is not None:
@@ -291,29 +303,39 @@ class Replayed:
             return None
         if self.buffers.holds(value) or self.kinds.is_fixed(box):
             return value
+        row = shelf.before(following, box, value)
+        if row is not None:  # for this wave only: a box that kept it would keep a whole loan
+            _copy(box, value, row)
+            return row
         settled = self.buffers.lend((1, *value.shape), value.dtype, value.device)
-        settled[0].copy_(value)
         row = Row(settled, 0, 1, settled.data_ptr())
-        writer = listener()
-        if writer is not None:
-            writer.copied(box, row)
+        _copy(box, value, row)
         box.put(row)
         return row
 
 
+def _copy(box: Box, value: torch.Tensor, row: Row) -> None:
+    """Copy a box's value to a row of a buffer."""
+    tensor_of(row).copy_(value)
+    writer = listener()
+    if writer is not None:
+        writer.copied(box, row)
+
+
 class _Shelf:
     """Where the results of a wave's groups go: groups of one kind side by side, so that later waves read them
-    as one.
+    as one; and what has been put into the spare rows of those that the wave reads.
     """
 
     def __init__(self, kinds: Kinds, buffers: Buffers) -> None:
         self._kinds, self._buffers = kinds, buffers
-        self._expected: dict[int, int] = {}
+        self._expected: dict[int, list[int]] = {}
         self._taken: dict[tuple, tuple[torch.Tensor, int]] = {}
+        self._spare: dict[tuple[int, int], Box] = {}
 
-    def expect(self, kind: Kind, cells: int) -> None:
+    def expect(self, kind: Kind, cells: Sequence[PendingCell]) -> None:
         """Say that a group of a kind is to come."""
-        self._expected[kind.index] = self._expected.get(kind.index, 0) + cells
+        self._expected.setdefault(kind.index, []).extend(cell.segment for cell in cells)
 
     def take(self, kind: Kind, into: Into) -> list[tuple[torch.Tensor, int]]:
         """For each result of a group a loan, and the first of the rows in it that are the group's."""
@@ -322,13 +344,40 @@ class _Shelf:
             key = (kind.index, at, dtype, *row)
             loan, start = self._taken.get(key, (None, 0))
             if loan is None or start + width > loan.shape[0]:
-                aligned = math.prod(row) * dtype.itemsize % ALIGNMENT == 0
-                count = self._expected[kind.index] if aligned else width
-                full = self._kinds.full_width(kind)
-                loan, start = self._buffers.lend((count, *row), dtype, device, full), 0
+                loan, start = self._lend(kind, width, row, dtype, device)
             self._taken[key] = loan, start + width
             found.append((loan, start))
         return found
+
+    def _lend(
+        self, kind: Kind, width: int, row: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, int]:
+        """A loan for a kind's results in this wave, and the first of the rows in it that are for them.
+
+        Cells of several segments are on the way to the steady state, or come from there, and get a buffer
+        that serves it. Those of one segment get little more than they need: of a kind of the first segment
+        there are never more.
+        """
+        segments = self._expected[kind.index]
+        aligned = math.prod(row) * dtype.itemsize % ALIGNMENT == 0
+        count = len(segments) if aligned else width
+        rows, spare = self._kinds.full_width(kind), int(aligned)
+        if len(set(segments)) == 1:
+            rows, spare = min(rows, 1 << (count - 1).bit_length()), 0  # powers of two: few sorts
+        return self._buffers.lend((count, *row), dtype, device, rows, spare), spare
+
+    def before(self, following: Any, box: Box, value: torch.Tensor) -> Row | None:
+        """The spare row in front of what follows, for a box's value; None if there is none for it."""
+        if type(following) is not Row or following.address is None:
+            return None
+        stack = following.stacked
+        fits = (value.shape, value.dtype, value.device) == (stack.shape[1:], stack.dtype, stack.device)
+        place = following.address, following.index - 1
+        if not fits or place[1] not in self._buffers.spare(place[0]):
+            return None
+        if self._spare.setdefault(place, box) is not box:
+            return None  # something else is in it
+        return Row(stack, place[1], following.width, place[0])
 
 
 def _place(value: Any, count: int) -> tuple:
