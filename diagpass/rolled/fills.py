@@ -57,6 +57,10 @@ class Fills(TorchDispatchMode):
         self._written: set[int] = set()
         self._is_lost = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each operation would turn Dynamo off and on again, which takes longer than it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self._is_lost:

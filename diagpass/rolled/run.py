@@ -42,6 +42,7 @@ from diagpass.runtime.clock import clock_of_wave
 log = logging.getLogger(__name__)
 
 
+_LIKE = "diagpass_token"  # what a token of a node is like; asking a fake tensor takes longer
 RECORDED = 4096  # cells whose place and dependencies are kept for the report
 
 
@@ -331,13 +332,13 @@ class Run:
 
     def new_token(self, node: fx.Node) -> torch.Tensor:
         """A tensor like the one that a node stands for, with no contents yet."""
-        example = node.meta["val"]
-        return torch.empty_strided(
-            [int(size) for size in example.shape],
-            [int(step) for step in example.stride()],
-            dtype=example.dtype,
-            device=example.device,
-        )
+        like = node.meta.get(_LIKE)
+        if like is None:
+            example = node.meta["val"]
+            sizes, strides = map(int, example.shape), map(int, example.stride())
+            like = node.meta[_LIKE] = (tuple(sizes), tuple(strides)), (example.dtype, example.device)
+        (sizes, strides), (dtype, device) = like
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
 
     def waiting_box(self, tensor: torch.Tensor) -> Box | None:
         """What the tensor will hold; None if it holds it by now."""

@@ -52,10 +52,8 @@ class Scores:
 
     def still(self, scores: Sequence[Score], kinds: Kinds) -> list[Score]:
         """Those of the scores that hold after the reset, too."""
-        if not scores:
-            return []
-        kinds.refresh()
-        return [score for score in scores if _stands(score, kinds.standing())]
+        standing = kinds.standing() if scores else None
+        return [score for score in scores if standing is not None and _stands(score, standing)]
 
     def was_followed(self, score: Score, given: Mapping[int, torch.Tensor], kinds: Kinds) -> None:
         """Count; a score that was followed for the first time is pressed.
