@@ -49,6 +49,9 @@ class Options:
     max_width
         The largest number of cells in one wave, None for no limit. With 1 the cells run one by one,
         unbatched, in the order of the waves.
+    memory_limit
+        Bytes that the cells of a wave may take for what they compute on the way, None for no limit: waves
+        have as many cells as fit, and one at least. What a cell takes is estimated from its graph, unfused.
     strict, verify
         As the arguments of :func:`diagpass.transform`; options here so that the backend has them.
     """
@@ -60,6 +63,7 @@ class Options:
     loop: str = "auto"
     form: str = "auto"
     max_width: int | None = None
+    memory_limit: int | None = None
     strict: bool = False
     verify: bool = False
 
@@ -84,9 +88,10 @@ class Options:
                 raise OptionError(f"option {name!r} is True or False; got {value!r}")
         if "cells" in given:
             given["cells"] = _globs(given["cells"])
-        width = given.get("max_width")
-        if width is not None and (type(width) is not int or width < 1):
-            raise OptionError(f"option 'max_width' is None or an int of at least 1; got {width!r}")
+        for name in ("max_width", "memory_limit"):
+            limit = given.get(name)
+            if limit is not None and (type(limit) is not int or limit < 1):
+                raise OptionError(f"option {name!r} is None or an int of at least 1; got {limit!r}")
         return cls(**{**defaults, **given})
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 
 from diagpass.analysis.cellgraph import find_cells
+from diagpass.analysis.memory import width_within
 from diagpass.analysis.schedule import find_chain, schedule
 from diagpass.capture import functional
 from diagpass.capture.aliases import forward_aliases
@@ -107,8 +108,9 @@ def analyse(gm: fx.GraphModule, options: Options) -> Analysis:
     cells, refusal = cut_into_cells(gm, options)
     if cells is None:
         return Analysis(None, Schedule(()), None, refusal)
-    waves = schedule(cells, options.max_width)
-    free = waves if options.max_width is None else schedule(cells)
+    width = width_within(cells.kinds, options.max_width, options.memory_limit)
+    waves = schedule(cells, width)
+    free = waves if width is None else schedule(cells)
     log.debug(
         "%d operations: %d cells of %d kinds, %d dependencies, %d waves",
         len(gm.graph.nodes),

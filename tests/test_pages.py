@@ -89,8 +89,9 @@ class Resets(Step):
     way = "zeros"
 
     def reset(self) -> None:
-        for layer in self.layers:
-            like: Any = layer.start
+        layers: Any = self.layers
+        for layer in layers:
+            like = layer.start
             if self.way == "zeros":
                 layer.state = torch.zeros_like(like)
             elif self.way == "ones":
@@ -117,8 +118,12 @@ def resets() -> tuple[SegmentLoop, Any]:
     return loop, fast_copy(loop)
 
 
+def steps(loop: SegmentLoop, fast: Any) -> list[Any]:
+    return [loop.step, fast.original.step]
+
+
 def set_way(loop: SegmentLoop, fast: Any, way: str) -> None:
-    for step in (loop.step, fast.original.step):
+    for step in steps(loop, fast):
         step.way = way
 
 
@@ -156,7 +161,7 @@ def test_weights_that_a_reset_replaces_are_read(counted: dict[str, int]) -> None
     for _ in range(8):
         check(loop, fast, tokens(6 * T), [], 1e-10)
     assert counted["ahead"]
-    for step in (loop.step, fast.original.step):
+    for step in steps(loop, fast):
         plain = type(step).reset
 
         def reset(step: Any = step, plain: Any = plain) -> None:
@@ -185,11 +190,11 @@ def test_outputs_that_no_glue_computes() -> None:
     loop = SegmentLoop(Says([Layer() for _ in range(3)]), T).double().eval()
     fast: Any = fast_copy(loop)
     for _ in range(9):
-        for layer in (*loop.step.layers, *fast.original.step.layers):
+        for layer in (layer for step in steps(loop, fast) for layer in step.layers):
             layer.state = torch.ones(1, 1, D, dtype=torch.float64)
         check(loop, fast, tokens(6 * T), [], 1e-10)
-        fast.original.step.table += 1
-        loop.step.table += 1
+        for step in steps(loop, fast):
+            step.table += 1
 
 
 class Late(Step):
@@ -218,8 +223,8 @@ def test_what_is_met_late_is_read(segments: int, monkeypatch: pytest.MonkeyPatch
     fast: Any = fast_copy(loop)
     for _ in range(9):
         check(loop, fast, tokens(6 * T), [], 1e-10)
-        fast.original.step.late += 1
-        loop.step.late += 1
+        for step in steps(loop, fast):
+            step.late += 1
     assert all_pages(fast)
 
 

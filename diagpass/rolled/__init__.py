@@ -11,6 +11,13 @@ those of the values themselves. Cells run wave by wave as soon as no later segme
     values.py    deferred values and how the operands of a group are gathered
     kinds.py     the cells of all captured graphs -> kinds, batched forms, weight stacks
     run.py       one call: record segments, put cells into waves, run them, fill the tokens
+    waves.py     running the cells of a wave, group by group or as one replay
+    repeat.py    segments that do the same again, recorded without Dynamo
+    score.py     a call written down
+    follow.py    the run of a call that does what a score says
+    fills.py     what a reset puts into the state, from its operations
+    pages.py     a score as few launches
+    scores.py    the scores that are kept
     session.py   what is known of one step from call to call
     view.py      what a stream sees of the step while others do not
     check.py     a rolled run against the sequential one, in figures

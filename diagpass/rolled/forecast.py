@@ -39,7 +39,7 @@ def predict(run: Run) -> Prediction:
     batched = 0
     for cells in waves.values():
         cells.sort()
-        limit = run.max_width or len(cells)
+        limit = run.width or len(cells)
         for start in range(0, len(cells), limit):
             by_kind: dict[int, list[int]] = {}
             for _, _, number in cells[start : start + limit]:

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from diagpass.analysis.kinds import find_kinds, signature
+from diagpass.analysis.memory import width_within
 from diagpass.errors import BatchingError
 from diagpass.ir import Cell, Kind
 from diagpass.lowering.batch import batch_kind, device_of
@@ -132,6 +133,7 @@ class Kinds:
         self._stacks: WeightStacks | None = None
         self._stacked: list[torch.Tensor] = []
         self._constants: dict[tuple, torch.Tensor] = {}
+        self._width: int | None = None
         self._slices: dict[tuple, Fixed] = {}
 
     # Programs and their weights.
@@ -174,6 +176,7 @@ class Kinds:
             cell = step_cell.cell
             self.cells.append(Cell(len(self.cells), cell.path, cell.layer, 0, cell.nodes))
         self.kinds = find_kinds(self.cells)
+        self._width = None
         self._place = [(self.kinds[0], 0)] * len(self.cells)
         for kind in self.kinds:
             for member, number in enumerate(kind.cells):
@@ -240,6 +243,13 @@ class Kinds:
                 columns = [plan.rows(kind, at, kind.cells) or [] for at in served]
                 for number, row in zip(kind.cells, zip(*columns, strict=True), strict=False):
                     self._rows[number] = row
+
+    def width(self, max_width: int | None) -> int | None:
+        """The largest number of cells in a wave; see :func:`diagpass.analysis.memory.width_within`."""
+        if self._width is None:
+            self._width = width_within(self.kinds, None, self.options.memory_limit) or 0
+        limits = [limit for limit in (self._width, max_width) if limit]
+        return min(limits, default=None)
 
     # Groups.
 

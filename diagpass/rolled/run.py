@@ -463,6 +463,11 @@ class Run:
             self.writer.result(self, value, {id(token): box for token, box in tokens})
         self._waiting.append((value, ready, tokens))
 
+    @property
+    def width(self) -> int | None:
+        """The largest number of cells in a wave; None for no limit."""
+        return self.max_width if self.max_width == 1 else self.kinds.width(self.max_width)
+
     def steady_width(self) -> float:
         """Cells per wave, from the last segments recorded."""
         if not self._advance:
@@ -579,7 +584,7 @@ class Run:
 
     def _wave(self, cells: list[PendingCell]) -> None:
         cells.sort(key=lambda cell: (cell.layer, cell.segment))
-        limit = self.max_width or len(cells)
+        limit = self.width or len(cells)
         for start in range(0, len(cells), limit):
             part = cells[start : start + limit]
             self.waves += 1
