@@ -235,7 +235,8 @@ def _is_view(node: fx.Node) -> bool:
 def _is_whole(node: fx.Node) -> bool:
     """Whether a view shows all that there is, once."""
     source: Any = node.args[0]
-    return node.meta["val"].numel() == source.meta["val"].numel()
+    value = source.meta.get("val")
+    return isinstance(value, torch.Tensor) and node.meta["val"].numel() == value.numel()
 
 
 def _is_packed(node: fx.Node) -> bool:

@@ -97,7 +97,7 @@ def _take_sources(node: fx.Node) -> bool:
 def _source(repeated: Any) -> tuple[fx.Node, int] | None:
     """What (B, H, T, D) keys or values repeat, with n; None if they repeat nothing or not head by head."""
     steps: list[fx.Node] = []
-    source = repeated
+    source: Any = repeated
     while not steps or steps[0].target is not aten.expand.default or _sizes(source) == _sizes(steps[0]):
         if not isinstance(source, fx.Node) or not _is_followed(source):
             return None
