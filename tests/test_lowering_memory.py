@@ -6,6 +6,7 @@ Products accumulate into the memory of results; attention reads keys and values 
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -208,7 +209,10 @@ def traced(function: Callable[..., Any], dtype: torch.dtype) -> fx.GraphModule:
     """A form as :func:`diagpass.lowering.batch.batch_kind` leaves it."""
     with FakeTensorMode() as mode:
         examples = [mode.from_tensor(value) for value in operands(dtype)]
-        return make_fx(function)(*examples)
+        form = make_fx(function)(*examples)
+    form.graph.eliminate_dead_code()
+    form.recompile()
+    return form
 
 
 def count(form: fx.GraphModule) -> int:
@@ -296,6 +300,39 @@ def test_half_precision_is_as_close_as_the_separate_sum() -> None:
 def test_sums_that_are_left_alone(function: Callable[..., Any]) -> None:
     written, _ = write_results(traced(function, torch.float64))
     assert accumulate(written, always) is written
+
+
+def program(seed: int) -> Callable[..., tuple[Tensor, ...]]:
+    """Sums, products, views and pointwise operations on one another, at random; up to four results."""
+
+    def run(h: Tensor, m: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        draw = random.Random(seed)
+        values = [h * 2, m + 1, h, m]
+        for _ in range(draw.randint(4, 14)):
+            one, other = draw.choice([values[-1], draw.choice(values)]), draw.choice(values)
+            product = linear(draw.choice([norm(other), other]), draw.choice([u, v]))
+            turned = one.reshape(G, M, D).transpose(1, 2).tanh().transpose(1, 2).reshape(G, 1, M, D)
+            left, right = torch.split(one, D // 2, -1)
+            choices = [one + product, product + one, one + product, norm(one), one * other, turned]
+            choices += [torch.cat([right, left], -1), one[:, :, :1] + other]
+            values += [product] * (draw.random() < 0.1) + [draw.choice(choices)]
+        return tuple(value.contiguous() for value in (values[-1], *draw.sample(values, draw.randint(0, 3))))
+
+    return run
+
+
+def test_random_programs_that_accumulate_compute_the_same() -> None:
+    accumulated = []
+    for seed in range(40):
+        values = operands(torch.float64, seed)
+        written, _ = write_results(traced(program(seed), torch.float64))
+        whole = accumulate(written, always)
+        accumulated.append(count(whole))
+        if whole is not written:
+            expected = list(program(seed)(*values))
+            for run in (whole, cut(whole)):
+                assert_tree_same(results_of(run, written, values), expected, 1e-10, f"program {seed}")
+    assert accumulated.count(0) < 30 and max(accumulated) > 1
 
 
 def test_of_two_sums_only_the_one_that_takes_nothing_away() -> None:
