@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from diagpass.capture.marks import module_of
 from diagpass.errors import BatchingError
 from diagpass.ir import Kind
+from diagpass.lowering.heads import without_repeated_heads
 from diagpass.lowering.rules import Number, Stacked, apply
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
             node.target = torch.ops.aten.reshape.default
     traced.graph.eliminate_dead_code()
     traced.recompile()
+    traced = without_repeated_heads(traced)
     log.debug("batched kind %d at width %d: %d nodes", kind.index, width, len(traced.graph.nodes))
     return traced, tuple(stacked_results)
 

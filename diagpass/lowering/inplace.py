@@ -23,7 +23,7 @@ def write_results(traced: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Result,
     -------
     tuple
         The graph, which takes a tensor for each result behind its operands and returns nothing, and each
-        result's shape, data type and device.
+        result's shape, data type and device. A result is written as soon as it is known.
     """
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
@@ -41,9 +41,12 @@ def write_results(traced: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Result,
         targets.append(target)
         found.append((tuple(int(size) for size in example.shape), example.dtype, example.device))
     for node in traced.graph.nodes:
-        if node.op not in ("placeholder", "output"):
+        if node.op == "output":
+            break
+        if node.op != "placeholder":
             made[node] = graph.node_copy(node, made.__getitem__)
-    for node, target in zip(results, targets, strict=True):  # type: ignore[arg-type]
-        graph.call_function(torch.ops.aten.copy_.default, (target, made[node]))  # type: ignore[index]
+        for result, target in zip(results, targets, strict=True):  # type: ignore[arg-type]
+            if result is node:
+                graph.call_function(torch.ops.aten.copy_.default, (target, made[node]))
     graph.output(())
     return fx.GraphModule(traced, graph, class_name="Into"), tuple(found)

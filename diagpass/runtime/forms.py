@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from diagpass.errors import BatchingError
 from diagpass.ir import Kind
+from diagpass.lowering.accumulate import accumulate, cut
 from diagpass.lowering.batch import batch_kind, device_of
 from diagpass.lowering.inplace import Result, write_results
 from diagpass.lowering.products import Product, products, with_loops
@@ -197,7 +198,17 @@ class Forms:
         return self._singles[key]
 
     def _compiled(self, graph: fx.GraphModule, name: str, given: bool) -> torch.nn.Module:
-        return self._wrap(write_results(graph)[0] if given else graph, name)
+        """A form to run; where it is given memory for its results, products accumulate there."""
+        if not given:
+            return self._wrap(graph, name)
+        written, _ = write_results(graph)
+        whole = accumulate(written)
+        if whole is written or self.options.compiler != "inductor":
+            return self._wrap(whole, name)
+        pieces = cut(whole)
+        for place, piece in list(pieces.named_children()):
+            setattr(pieces, place, self._wrap(piece, f"{name}_{place}"))  # type: ignore[arg-type]
+        return pieces
 
     def _wrap(self, graph: fx.GraphModule, name: str) -> torch.nn.Module:
         return InductorKind(graph, name) if self.options.compiler == "inductor" else graph
