@@ -199,6 +199,21 @@ def test_layers_with_a_convolution_run_in_usual_widths(monkeypatch: pytest.Monke
     assert set(found) == {1, 2, 3, 4, 6, DEEP} and fast._session.kinds.notes == {}
 
 
+def test_a_width_that_ran_as_one_group_goes_on_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When 5 is met it shows that the form for any width is not for all: the same call splits as before."""
+    monkeypatch.setattr(kinds_module, "holds", lambda _, at: at < 5)
+    found = widths_run(monkeypatch)
+    loop = deep()
+    fast: Any = fast_copy(loop)
+    x = models.tokens((DEEP + 2) * T)
+    with torch.no_grad():
+        first = fast(x)
+        assert set(found) == set(range(1, DEEP + 1)) and set(traced_widths(fast)) == {None, 5, 6, DEEP}
+        del found[:]
+        assert torch.equal(fast(x), first) and 5 in found and None in traced_widths(fast)
+    check(loop, fast_copy(loop), calls=1)
+
+
 def test_a_form_that_is_not_the_one_for_the_steady_width_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds_module, "same_program", lambda *_: False)
     found = widths_run(monkeypatch)

@@ -118,6 +118,7 @@ class Kinds:
         self._traced: dict[tuple, Traced | None] = {}
         self._runs: dict[tuple, Callable[..., Any]] = {}
         self._of_usual_width: set[int] = set()
+        self._whole: set[tuple[int, int]] = set()
         self._forms: dict[tuple, Form | None] = {}
         self._made = Forms(options)
         self._into: dict[tuple, Into | None] = {}
@@ -275,14 +276,18 @@ class Kinds:
         Their widths are usual ones where the kind has no form for any width.
         """
         groups = []
-        kind = self.of(cells[0])[0]
-        full, any_width = self.full_width(kind), self._has_any_width(kind)
         for run in even_runs([self._rows[cell] for cell in cells]):
             start = 0
-            for width in [len(run)] if len(run) == full or any_width else usual_widths(len(run)):
+            whole = self._runs_whole(self.of(cells[0])[0], len(run))
+            for width in [len(run)] if whole else usual_widths(len(run)):
                 groups.append(run[start : start + width])
                 start += width
         return groups
+
+    def _runs_whole(self, kind: Kind, width: int) -> bool:
+        """Whether so many cells of a kind are one group."""
+        known = width == self.full_width(kind) or (self._keys[kind.index], width) in self._whole
+        return known or self._has_any_width(kind)
 
     def full_width(self, kind: Kind) -> int:
         """The cells of a kind that have weights of their own: the width of its groups in the steady state."""
@@ -381,10 +386,12 @@ class Kinds:
     def _is_served(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> bool:
         """Whether the kind's form for any width serves this one.
 
-        A kind of whose forms one does not is split into usual widths from then on.
+        A kind of whose forms one does not is split into usual widths from then on; but a width that has run
+        as one group goes on to, so that the same call gives the same bits.
         """
         if width in (1, self._steady(kind)) or not self._has_any_width(kind):
             return False
+        self._whole.add((self._keys[kind.index], width))
         traced = self._trace(kind, None, shared)
         symbol = None if traced is None else width_of(traced.graph)
         if symbol is not None and holds(symbol, width):
@@ -452,8 +459,8 @@ class Kinds:
 def usual_widths(count: int) -> list[int]:
     """``count`` cells as groups of few different widths, none of one cell if there are two or more.
 
-    A batched form is made for a width. The ramps have every width up to that of the steady state; put
-    together from widths 2^k and 3 * 2^k they need only a few forms.
+    For kinds whose batched forms are for one width each. The ramps have every width up to that of the steady
+    state; put together from widths 2^k and 3 * 2^k they need only a few forms.
     """
     widths = []
     while count:

@@ -133,7 +133,7 @@ class Forms:
         shared: tuple[bool, ...],
         traced: Traced,
         name: str,
-        given: bool,
+        given: bool = False,
     ) -> torch.nn.Module:
         """What runs a group.
 
