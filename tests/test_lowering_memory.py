@@ -242,7 +242,7 @@ def results_of(run: Any, written: fx.GraphModule, values: list[Tensor]) -> list[
 @pytest.mark.parametrize("function", SUMS)
 def test_products_accumulate_into_results(function: Callable[..., Any], dtype: torch.dtype) -> None:
     values = operands(dtype)
-    written, _ = write_results(traced(function, dtype))
+    written = write_results(traced(function, dtype))
     whole = accumulate(written, always)
     assert count(whole) == SUMS[function] and count(written) == 0
     expected = list(function(*values))
@@ -266,14 +266,14 @@ def test_pieces_are_compiled_each_for_itself(
     run = Forms(Options())._compiled(form, "form", given=True)
     names = [piece.name for piece in run.children() if isinstance(piece, InductorKind)]
     assert names == [f"form_piece_{at}" for at in range(SUMS[function] + 1)]
-    written, _ = write_results(form)
+    written = write_results(form)
     for _ in range(2):
         assert_tree_same(results_of(run, written, values), list(function(*values)), 1e-12, "compiled")
 
 
 def test_a_value_that_lies_in_a_result_does_not_cross_pieces() -> None:
     """It is written once, there, and whoever reads it later reads it there."""
-    written, _ = write_results(traced(layer, torch.float64))
+    written = write_results(traced(layer, torch.float64))
     whole = accumulate(written, always)
     pieces = cut(whole)
     outputs = [piece.graph.find_nodes(op="output")[0].args[0] for piece in children(pieces)]
@@ -284,7 +284,7 @@ def test_a_value_that_lies_in_a_result_does_not_cross_pieces() -> None:
 
 def test_half_precision_is_as_close_as_the_separate_sum() -> None:
     """The sum is rounded once, and not the product before it."""
-    written, _ = write_results(traced(layer, torch.bfloat16))
+    written = write_results(traced(layer, torch.bfloat16))
 
     def distance(run: Any, seed: int) -> float:
         values = operands(torch.bfloat16, seed)
@@ -298,7 +298,7 @@ def test_half_precision_is_as_close_as_the_separate_sum() -> None:
 
 @pytest.mark.parametrize("function", REFUSED)
 def test_sums_that_are_left_alone(function: Callable[..., Any]) -> None:
-    written, _ = write_results(traced(function, torch.float64))
+    written = write_results(traced(function, torch.float64))
     assert accumulate(written, always) is written
 
 
@@ -325,7 +325,7 @@ def test_random_programs_that_accumulate_compute_the_same() -> None:
     accumulated = []
     for seed in range(40):
         values = operands(torch.float64, seed)
-        written, _ = write_results(traced(program(seed), torch.float64))
+        written = write_results(traced(program(seed), torch.float64))
         whole = accumulate(written, always)
         accumulated.append(count(whole))
         if whole is not written:
@@ -338,14 +338,14 @@ def test_random_programs_that_accumulate_compute_the_same() -> None:
 def test_of_two_sums_only_the_one_that_takes_nothing_away() -> None:
     values = operands(torch.float64)
     function = factor_of_a_later_product
-    written, _ = write_results(traced(function, torch.float64))
+    written = write_results(traced(function, torch.float64))
     whole = accumulate(written, always)
     assert count(whole) == 1
     assert_tree_same(results_of(whole, written, values), list(function(*values)), 1e-13, "accumulated")
 
 
 def test_only_half_precision_on_an_accelerator_by_default() -> None:
-    written, _ = write_results(traced(layer, torch.bfloat16))
+    written = write_results(traced(layer, torch.bfloat16))
     assert accumulate(written) is written
     with FakeTensorMode():
         for device, dtype, expected in (

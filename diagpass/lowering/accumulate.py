@@ -35,6 +35,7 @@ STAGE = "stage"
 
 __all__ = ["accumulate", "cut", "saves_traffic"]
 
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _ADDING = {aten.bmm.default: aten.baddbmm_.default, aten.mm.default: aten.addmm_.default}
 
 
@@ -241,7 +242,12 @@ def _is_whole(node: fx.Node) -> bool:
 
 def _is_packed(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_contiguous()
+    return isinstance(value, torch.Tensor) and value.is_contiguous() and _symbols(value) < 2
+
+
+def _symbols(value: torch.Tensor) -> int:
+    """How many sizes are not known."""
+    return sum(not isinstance(size, int) for size in value.shape)
 
 
 def _is_like(one: Any, other: fx.Node) -> bool:
@@ -258,7 +264,7 @@ def _is_like(one: Any, other: fx.Node) -> bool:
 
 def _is_free(node: fx.Node) -> bool:
     """Whether a node can be made again anywhere: it moves nothing."""
-    if node.op == "get_attr":
+    if node.op == "get_attr" or isinstance(node.meta.get("val"), _SIZES):
         return True
     if not _is_view(node) or isinstance(node.meta.get("val"), (tuple, list)):
         return False
@@ -344,6 +350,7 @@ class _InPlace:
         shape = list(like.meta["val"].shape)
         if list(target.meta["val"].shape) == shape:
             return self.made[target]
+        shape = [-1 if isinstance(size, torch.SymInt) else size for size in shape]
         return self._in_stage(self.graph.call_function(aten.view.default, (self.made[target], shape)), like)
 
     def _in_stage(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:

@@ -20,7 +20,7 @@ from diagpass.capture.marks import module_of
 from diagpass.errors import BatchingError
 from diagpass.ir import Kind
 from diagpass.lowering.heads import without_repeated_heads
-from diagpass.lowering.rules import Number, Stacked, apply
+from diagpass.lowering.rules import Number, Stacked, Width, apply
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class _GroupInterpreter(fx.Interpreter):
     """Runs a kind's body on stacked values, operation by operation."""
 
-    def __init__(self, body: fx.GraphModule, width: int) -> None:
+    def __init__(self, body: fx.GraphModule, width: Width) -> None:
         super().__init__(body)
         self.width = width
 
@@ -45,7 +45,7 @@ class _GroupInterpreter(fx.Interpreter):
         return apply(target, self.width, args, kwargs)
 
 
-def _as_expected(node: fx.Node, result: Any, example: Any, width: int) -> Any:
+def _as_expected(node: fx.Node, result: Any, example: Any, width: Width) -> Any:
     """Hold a batched result against what one cell computes: decompositions promote where kernels do not.
 
     Raises
@@ -93,13 +93,21 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
     BatchingError
         An operation of the kind has no batching rule; the message names it and its module.
     """
-    if kind.unbatchable is not None:
-        raise BatchingError(f"{kind.unbatchable} cannot be batched")
-    stacked_results: list[bool] = []
     values = [
         node.meta["val"] for node in kind.body.graph.nodes if node.op == "placeholder" and "val" in node.meta
     ]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or FakeTensorMode()
+    return trace(kind, width, shared, mode)
+
+
+def trace(
+    kind: Kind, width: Width, shared: Sequence[bool], mode: FakeTensorMode
+) -> tuple[fx.GraphModule, tuple[bool, ...]]:
+    """:func:`batch_kind` among fake tensors of a mode, which knows the width if it is symbolic."""
+    if kind.unbatchable is not None:
+        raise BatchingError(f"{kind.unbatchable} cannot be batched")
+    stacked_results: list[bool] = []
+    body = without_repeated_heads(kind.body)
 
     def run(*operands: Any) -> tuple:
         wrapped = []
@@ -109,7 +117,7 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
             else:
                 wrapped.append(Number(operand) if slot.literal else Stacked(operand))
         with torch.no_grad():
-            results = _GroupInterpreter(kind.body, width).run(*wrapped)
+            results = _GroupInterpreter(body, width).run(*wrapped)
         if any(isinstance(result, (tuple, list)) for result in results):
             raise BatchingError("a cell leaves several results as one")
         stacked_results[:] = [isinstance(result, Stacked) for result in results]
@@ -137,8 +145,7 @@ def batch_kind(kind: Kind, width: int, shared: Sequence[bool]) -> tuple[fx.Graph
             node.target = torch.ops.aten.reshape.default
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    traced = without_repeated_heads(traced)
-    log.debug("batched kind %d at width %d: %d nodes", kind.index, width, len(traced.graph.nodes))
+    log.debug("batched kind %d at width %s: %d nodes", kind.index, width, len(traced.graph.nodes))
     return traced, tuple(stacked_results)
 
 
@@ -148,7 +155,7 @@ def device_of(kind: Kind) -> torch.device:
     return next((value.device for value in values if isinstance(value, torch.Tensor)), torch.device("cpu"))
 
 
-def _example(is_shared: bool, value: Any, width: int) -> Any:
+def _example(is_shared: bool, value: Any, width: Width) -> Any:
     if not isinstance(value, torch.Tensor):
         if not is_shared:
             raise BatchingError("a Python number that differs between cells is computed at run time")

@@ -48,23 +48,26 @@ def without_repeated_heads(form: fx.GraphModule) -> fx.GraphModule:
     Parameters
     ----------
     form
-        A functional graph of ATen operations with known sizes; it is changed in place.
+        A functional graph of ATen operations with known sizes.
 
     Returns
     -------
     fx.GraphModule
-        ``form``.
+        Another one; ``form`` itself if there is nothing to change.
     """
-    changed = 0
-    for node in form.graph.nodes:
-        if node.target in KERNELS and _has_no_dropout(node):
-            changed += _take_sources(node)
-    if changed:
-        form.graph.eliminate_dead_code()
-        form.graph.lint()
-        form.recompile()
-        log.debug("%d attentions read keys and values without repeated heads", changed)
-    return form
+    if not any(node.target in KERNELS for node in form.graph.nodes):
+        return form
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(form.graph, {}))
+    changed = sum(
+        _take_sources(node) for node in graph.nodes if node.target in KERNELS and _has_no_dropout(node)
+    )
+    if not changed:
+        return form
+    graph.eliminate_dead_code()
+    graph.lint()
+    log.debug("%d attentions read keys and values without repeated heads", changed)
+    return fx.GraphModule(form, graph)
 
 
 def _has_no_dropout(node: fx.Node) -> bool:

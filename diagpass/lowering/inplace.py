@@ -11,7 +11,18 @@ import torch.fx as fx
 Result = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
-def write_results(traced: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Result, ...]]:
+def results_of(traced: fx.GraphModule, width: int | None = None) -> tuple[Result, ...]:
+    """Shape, data type and device of each result of a graph, with ``width`` for its leading size if given."""
+    found = []
+    for node in traced.graph.find_nodes(op="output")[0].args[0]:  # type: ignore[union-attr]
+        example = node.meta["val"]  # type: ignore[union-attr]
+        lead = example.shape[:1] if width is None else (width,)
+        shape = tuple(int(size) for size in (*lead, *example.shape[1:]))
+        found.append((shape, example.dtype, example.device))
+    return tuple(found)
+
+
+def write_results(traced: fx.GraphModule) -> fx.GraphModule:
     """Make a graph's results operands that it writes.
 
     Parameters
@@ -21,9 +32,9 @@ def write_results(traced: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Result,
 
     Returns
     -------
-    tuple
-        The graph, which takes a tensor for each result behind its operands and returns nothing, and each
-        result's shape, data type and device. A result is written as soon as it is known.
+    fx.GraphModule
+        The graph, which takes a tensor for each result behind its operands and returns nothing. A result
+        is written as soon as it is known.
     """
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
@@ -33,13 +44,10 @@ def write_results(traced: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Result,
     for node in inputs:
         made[node] = graph.node_copy(node, made.__getitem__)
     targets = []
-    found: list[Result] = []
     for at, node in enumerate(results):  # type: ignore[arg-type]
-        example = node.meta["val"]  # type: ignore[union-attr]
         target = graph.placeholder(f"result_{at}")
-        target.meta = {"val": example}
+        target.meta = {"val": node.meta["val"]}  # type: ignore[union-attr]
         targets.append(target)
-        found.append((tuple(int(size) for size in example.shape), example.dtype, example.device))
     for node in traced.graph.nodes:
         if node.op == "output":
             break
@@ -49,4 +57,4 @@ def write_results(traced: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Result,
             if result is node:
                 graph.call_function(torch.ops.aten.copy_.default, (target, made[node]))
     graph.output(())
-    return fx.GraphModule(traced, graph, class_name="Into"), tuple(found)
+    return fx.GraphModule(traced, graph, class_name="Into")

@@ -33,6 +33,7 @@ class Stacked:
     tensor: torch.Tensor
 
 
+Width = int | torch.SymInt
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 
@@ -47,7 +48,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def apply(target: Any, width: int, args: tuple, kwargs: dict) -> Any:
+def apply(target: Any, width: Width, args: tuple, kwargs: dict) -> Any:
     """Run one operation over a group.
 
     Parameters
@@ -55,7 +56,7 @@ def apply(target: Any, width: int, args: tuple, kwargs: dict) -> Any:
     target
         The operation.
     width
-        The group's size G.
+        The group's size G; symbolic in a form for any width.
     args, kwargs
         Its operands; :class:`Stacked` where they differ from cell to cell.
 
@@ -113,7 +114,7 @@ def _no_vmap_fallback() -> Iterator[None]:
         functorch._set_vmap_fallback_enabled(before)
 
 
-def _stack(value: Any, width: int) -> torch.Tensor:
+def _stack(value: Any, width: Width) -> torch.Tensor:
     """The operand with a group axis, whether or not it had one."""
     if isinstance(value, Stacked):
         return value.tensor
@@ -125,13 +126,13 @@ def _fold(value: torch.Tensor) -> torch.Tensor:
     return value.reshape(value.shape[0] * value.shape[1], *value.shape[2:])
 
 
-def _unfold(value: torch.Tensor, width: int) -> Stacked:
+def _unfold(value: torch.Tensor, width: Width) -> Stacked:
     """(G*B, ...) -> (G, B, ...)."""
     return Stacked(value.reshape(width, value.shape[0] // width, *value.shape[1:]))
 
 
 @rule(aten.mm.default)
-def _mm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+def _mm(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
     left, right = args
     if not isinstance(right, Stacked):  # one layer at several segments: one larger product
         return _unfold(torch.mm(_fold(left.tensor), right), width)
@@ -139,7 +140,7 @@ def _mm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
 
 
 @rule(aten.addmm.default)
-def _addmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+def _addmm(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
     bias, left, right = args
     if not isinstance(bias, Stacked) and not isinstance(right, Stacked) and bias.dim() == 1:
         return _unfold(torch.addmm(bias, _fold(left.tensor), right, **kwargs), width)
@@ -150,13 +151,13 @@ def _addmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
 
 
 @rule(aten.bmm.default)
-def _bmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+def _bmm(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
     left, right = (_fold(_stack(operand, width)) for operand in args)
     return _unfold(torch.bmm(left, right), width)
 
 
 @rule(aten.baddbmm.default)
-def _baddbmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+def _baddbmm(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
     bias, left, right = (_stack(operand, width) for operand in args)
     left, right = _fold(left), _fold(right)
     shape = (left.shape[0] // width, left.shape[1], right.shape[2])
@@ -167,7 +168,7 @@ def _baddbmm(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
 
 
 @rule(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
-def _with_number(target: Any, width: int, args: tuple, kwargs: dict) -> Any:
+def _with_number(target: Any, width: Width, args: tuple, kwargs: dict) -> Any:
     """Elementwise with a second operand that may be a stacked *number*, of shape (G,)."""
     left, right = args
     if _is_number(kwargs.get("alpha")):
@@ -203,7 +204,7 @@ def _is_number(value: Any) -> bool:
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
 )
-def _attention(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
+def _attention(target: Any, width: Width, args: tuple, kwargs: dict) -> tuple:
     """Attention sees the group as more batch: (G, B, H, T, D) -> (G*B, H, T, D)."""
     names = [argument.name for argument in target._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -223,7 +224,7 @@ def _attention(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
     )
 
 
-def _fold_mask(mask: Any, width: int, batch: int) -> torch.Tensor:
+def _fold_mask(mask: Any, width: Width, batch: int) -> torch.Tensor:
     """A mask for (G*B, H, T, T) scores, copied only where cells or batch entries differ."""
     if not isinstance(mask, Stacked):
         if mask.dim() < 4:
@@ -237,8 +238,36 @@ def _fold_mask(mask: Any, width: int, batch: int) -> torch.Tensor:
     return _fold(inner.expand(width, batch, *inner.shape[2:]))
 
 
+@rule(aten.cat.default)
+def _cat(target: Any, width: Width, args: tuple, kwargs: dict) -> Any:
+    """Along a dimension that has moved one to the right; the rule of ``vmap`` bakes the width in."""
+    parts, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    tensors = [_stack(part, width) for part in parts]
+    if any(tensor.dim() != tensors[0].dim() for tensor in tensors):  # an empty one may have another shape
+        return _vmapped(target, args, kwargs)
+    return Stacked(target(tensors, dim + 1 if dim >= 0 else dim))
+
+
+@rule(aten.native_layer_norm.default)
+def _layer_norm(target: Any, width: Width, args: tuple, kwargs: dict) -> Any:
+    """Normalise all cells at once, then scale and shift by each cell's own; ``vmap``'s bakes the width in."""
+    names = [argument.name for argument in target._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    value, weight, bias = (given[name] for name in ("input", "weight", "bias"))
+    if not isinstance(weight, Stacked) and not isinstance(bias, Stacked):
+        out = target(value.tensor, given["normalized_shape"], weight, bias, given["eps"])
+        return tuple(map(Stacked, out))
+    normal, *moments = target(_stack(value, width), given["normalized_shape"], None, None, given["eps"])
+    for own, combine in ((weight, torch.mul), (bias, torch.add)):
+        if own is not None:
+            own = _stack(own, width)
+            lead = normal.dim() - own.dim()
+            normal = combine(normal, own.reshape(width, *(1,) * lead, *own.shape[1:]))
+    return Stacked(normal), *map(Stacked, moments)
+
+
 @rule(aten._thnn_fused_lstm_cell.default)
-def _lstm_cell(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
+def _lstm_cell(target: Any, width: Width, args: tuple, kwargs: dict) -> tuple:
     """The fused CUDA cell is elementwise over the batch: (G, B, 4D) -> (G*B, 4D), biases added first."""
     gates, hidden, state, *biases = (*args, *kwargs.values())
     gates, hidden, state = (_stack(operand, width) for operand in (gates, hidden, state))
@@ -250,7 +279,7 @@ def _lstm_cell(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
 
 
 @rule(aten.mkldnn_rnn_layer.default)
-def _lstm_layer(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
+def _lstm_layer(target: Any, width: Width, args: tuple, kwargs: dict) -> tuple:
     """A whole LSTM layer on the CPU, token by token: (G, T, B, D) -> (G, T, B, N), all states (G, B, N).
 
     The library's kernel takes one set of weights. The input's product is one for all tokens.
@@ -281,19 +310,19 @@ def _lstm_layer(target: Any, width: int, args: tuple, kwargs: dict) -> tuple:
 
 
 @rule(aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
-def _same(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+def _same(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
     return args[0]
 
 
 @rule(aten._assert_async.msg, aten._assert_async.default)
-def _assert_all(target: Any, width: int, args: tuple, kwargs: dict) -> None:
+def _assert_all(target: Any, width: Width, args: tuple, kwargs: dict) -> None:
     """What must hold for each cell must hold for all; ``one_hot`` checks its input so."""
     condition, *message = args
     target(condition.tensor.all(), *message, **kwargs)
 
 
 @rule(aten.select_scatter.default, aten.slice_scatter.default)
-def _scatter(target: Any, width: int, args: tuple, kwargs: dict) -> Stacked:
+def _scatter(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
     """Scatter along a dimension that has moved one to the right."""
     names = [argument.name for argument in target._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}

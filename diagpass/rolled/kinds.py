@@ -20,7 +20,9 @@ from diagpass.analysis.memory import width_within
 from diagpass.errors import BatchingError
 from diagpass.ir import Cell, Kind
 from diagpass.lowering.batch import batch_kind, device_of
+from diagpass.lowering.inplace import results_of
 from diagpass.lowering.weights import WeightPlan, even_runs, plan_weights
+from diagpass.lowering.widths import batch_any_width, holds, same_program, width_of
 from diagpass.options import Options
 from diagpass.rolled.program import StepProgram
 from diagpass.rolled.values import Box
@@ -114,7 +116,10 @@ class Kinds:
         self._place: list[tuple[Kind, int]] = []
         self._keys: dict[int, int] = {}
         self._key_numbers: dict[tuple, int] = {}
-        self._traced: dict[tuple, tuple[fx.GraphModule, tuple[bool, ...]] | None] = {}
+        self._traced: dict[tuple, Traced | None] = {}
+        self._runs: dict[tuple, Callable[..., Any]] = {}
+        self._of_usual_width: set[int] = set()
+        self._whole: set[tuple[int, int]] = set()
         self._forms: dict[tuple, Form | None] = {}
         self._made = Forms(options)
         self._into: dict[tuple, Into | None] = {}
@@ -276,15 +281,23 @@ class Kinds:
         return found
 
     def split(self, cells: Sequence[int]) -> list[list[int]]:
-        """Cells of one kind -> groups (of positions) that read evenly spaced weights, of usual widths."""
+        """Cells of one kind -> groups (of positions) that read evenly spaced weights.
+
+        Their widths are usual ones where the kind has no form for any width.
+        """
         groups = []
         for run in even_runs([self._rows[cell] for cell in cells]):
             start = 0
-            full = self.full_width(self.of(cells[0])[0])
-            for width in [len(run)] if len(run) == full else usual_widths(len(run)):
+            whole = self._runs_whole(self.of(cells[0])[0], len(run))
+            for width in [len(run)] if whole else usual_widths(len(run)):
                 groups.append(run[start : start + width])
                 start += width
         return groups
+
+    def _runs_whole(self, kind: Kind, width: int) -> bool:
+        """Whether so many cells of a kind are one group."""
+        known = width == self.full_width(kind) or (self._keys[kind.index], width) in self._whole
+        return known or self._has_any_width(kind)
 
     def full_width(self, kind: Kind) -> int:
         """The cells of a kind that have weights of their own: the width of its groups in the steady state."""
@@ -351,11 +364,8 @@ class Kinds:
         """What runs a group, and which of its results are stacked; None if the kind has no batched form."""
         key = (self._keys[kind.index], width, shared)
         if key not in self._forms:
-            traced = self._trace(kind, width, shared, key)
-            self._forms[key] = traced and (
-                self._made.group(kind, key[0], width, shared, Traced(*traced), f"kind{kind.index}_w{width}"),
-                traced[1],
-            )
+            found = self._running(kind, width, shared, given=False)
+            self._forms[key] = None if found is None else (found[0], found[1].stacked)
         return self._forms[key]
 
     def into(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> Into | None:
@@ -363,33 +373,87 @@ class Kinds:
 
         A group of one cell is that cell as it stands: the leading axis of 1 is taken off its operands.
         """
-        key = (self._keys[kind.index], width, shared, "into")
+        key = (self._keys[kind.index], width, shared)
         if key not in self._into:
-            self._into[key] = None
-            traced = self._trace(kind, width, shared, key[:-1])
-            if traced is not None and all(traced[1]):
-                name = f"kind{kind.index}_w{width}"
-                run, results = self._made.into(kind, key[0], width, shared, Traced(*traced), name)
-                self._into[key] = Into(len(self._into), run, results)
+            found = self._running(kind, width, shared, given=True)
+            self._into[key] = found and Into(len(self._into), found[0], results_of(found[1].graph, width))
         return self._into[key]
+
+    def _running(
+        self, kind: Kind, width: int, shared: tuple[bool, ...], given: bool
+    ) -> tuple[Callable[..., Any], Traced] | None:
+        """What runs a group of this width, perhaps of others, too."""
+        size = None if self._is_served(kind, width, shared) else width
+        traced = self._trace(kind, size, shared)
+        if traced is None or (given and not all(traced.stacked)):
+            return None
+        key = (self._keys[kind.index], size, shared, given)
+        if key not in self._runs:
+            name = f"kind{kind.index}_any_width" if size is None else f"kind{kind.index}_w{size}"
+            self._runs[key] = self._made.group(kind, key[0], size, shared, traced, name, given)
+        return self._runs[key], traced
+
+    def _is_served(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> bool:
+        """Whether the kind's form for any width serves this one.
+
+        A kind of whose forms one does not is split into usual widths from then on; but a width that has run
+        as one group goes on to, so that the same call gives the same bits.
+        """
+        if width in (1, self._steady(kind)) or not self._has_any_width(kind):
+            return False
+        self._whole.add((self._keys[kind.index], width))
+        traced = self._trace(kind, None, shared)
+        symbol = None if traced is None else width_of(traced.graph)
+        if symbol is not None and holds(symbol, width):
+            return True
+        self._of_usual_width.add(self._keys[kind.index])
+        self._groups = {}
+        return False
+
+    def _has_any_width(self, kind: Kind) -> bool:
+        """Whether a form for any width is there or worth making: it costs as much as two for one width."""
+        several = self._steady(kind) not in (2, 3)
+        unknown = self._keys[kind.index] not in self._of_usual_width
+        return several and unknown and self._made.serves_any_width(kind)
+
+    def _steady(self, kind: Kind) -> int:
+        """The width that most groups will have, 1 if not known; it gets a form of its own."""
+        return min(self.full_width(kind), self.options.max_width or len(self.cells))
 
     def form_facts(self) -> list[dict[str, Any]]:
         """Which forms groups ran in, for a report; those of kinds that are gone are left out."""
         index = {number: kind for kind, number in reversed(self._keys.items())}
         return [fact for fact in self._made.facts(lambda key: index.get(key, -1)) if fact["kind"] >= 0]
 
-    def _trace(
-        self, kind: Kind, width: int, shared: tuple[bool, ...], key: tuple
-    ) -> tuple[fx.GraphModule, tuple[bool, ...]] | None:
+    def _trace(self, kind: Kind, width: int | None, shared: tuple[bool, ...]) -> Traced | None:
+        """The batched form for a width, or with None for any; None if there is none."""
+        key = (self._keys[kind.index], width, shared)
         if key not in self._traced:
-            say(f"batch: kind{kind.index} for {width} cells")
+            say(f"batch: kind{kind.index} for {width or 'any number of'} cells")
             try:
-                self._traced[key] = batch_kind(kind, width, shared)
+                make = batch_kind(kind, width, shared) if width else self._trace_any_width(kind, shared)
+                self._traced[key] = Traced(*make)
             except BatchingError as error:
                 first = self.cells[kind.cells[0]]
-                self.notes[f"cells like {first.path} run unbatched: {error}"] = None
+                if width is None:
+                    log.info("cells like %s run in groups of usual widths: %s", first.path, error)
+                else:
+                    self.notes[f"cells like {first.path} run unbatched: {error}"] = None
                 self._traced[key] = None
         return self._traced[key]
+
+    def _trace_any_width(
+        self, kind: Kind, shared: tuple[bool, ...]
+    ) -> tuple[fx.GraphModule, tuple[bool, ...]]:
+        """The form for any width, held against the one for the steady width, which is needed anyway."""
+        width = max(2, self._steady(kind))
+        fixed = self._trace(kind, width, shared)
+        if fixed is None:
+            raise BatchingError("there is no batched form")
+        graph, stacked = batch_any_width(kind, shared)
+        if stacked != fixed.stacked or not same_program(graph, width, fixed.graph):
+            raise BatchingError(f"the form for any width is another at {width}")
+        return graph, stacked
 
     def glue(self, module: fx.GraphModule, key: Any) -> Callable[..., Any]:
         """What runs a lump."""
@@ -405,8 +469,8 @@ class Kinds:
 def usual_widths(count: int) -> list[int]:
     """``count`` cells as groups of few different widths, none of one cell if there are two or more.
 
-    A batched form is made for a width. The ramps have every width up to that of the steady state; put
-    together from widths 2^k and 3 * 2^k they need only a few forms.
+    For kinds whose batched forms are for one width each. The ramps have every width up to that of the steady
+    state; put together from widths 2^k and 3 * 2^k they need only a few forms.
     """
     widths = []
     while count:

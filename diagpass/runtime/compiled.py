@@ -1,4 +1,8 @@
-"""How a kind's graph runs: as it is, or compiled by Inductor at its first call."""
+"""How a kind's graph runs: as it is, or compiled by Inductor at its first call.
+
+A graph of symbolic width is compiled once for all widths. Inductor decides on sizes, too, with nobody to
+check what it took for granted: :class:`InductorWidths` asks before each new width.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import torch.fx as fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from diagpass.errors import DiagpassWarning
+from diagpass.lowering.widths import at_width, examples, holds, width_of, width_operand
 from diagpass.stages import say
 
 log = logging.getLogger(__name__)
@@ -20,8 +25,8 @@ log = logging.getLogger(__name__)
 class InductorKind(torch.nn.Module):
     """A graph compiled by Inductor for the strides of its first call.
 
-    The compiled code is fixed to sizes (which never change within a plan) and strides (which are
-    checked: an operand laid out differently is copied into the expected layout).
+    The compiled code is fixed to sizes (which never change within a plan, but for a symbolic width) and
+    strides (which are checked: an operand laid out differently is copied into the expected layout).
     """
 
     def __init__(self, graph: fx.GraphModule, name: str) -> None:
@@ -34,13 +39,17 @@ class InductorKind(torch.nn.Module):
 
     def forward(self, *operands: Any) -> tuple:
         """Run the graph; results as the graph returns them."""
-        if self._compiled is None:
-            self._compile(operands)
+        self.prepare(operands)
         laid_out = [
             _laid_out(operand, stride) for operand, stride in zip(operands, self._strides, strict=True)
         ]
         run: Any = self._compiled
         return run(*laid_out)
+
+    def prepare(self, operands: tuple) -> None:
+        """Compile it for operands like these, unless it is."""
+        if self._compiled is None:
+            self._compile(operands)
 
     def _compile(self, operands: tuple) -> None:
         from torch._inductor import compile as compile_graph
@@ -54,7 +63,7 @@ class InductorKind(torch.nn.Module):
             try:
                 # The first call of an AOT program runs under a dispatch mode that watches custom operators.
                 with _disable_current_modes(), torch.no_grad():
-                    self._compiled = compile_graph(self.graph_module, list(operands))
+                    self._compiled = compile_graph(self.graph_module, self._examples(operands))
                 log.info("compiled %s in %.1f s", self.name, time.perf_counter() - begin)
                 return
             except Exception as error:  # Inductor raises what it likes; the graph itself is sound
@@ -65,6 +74,56 @@ class InductorKind(torch.nn.Module):
                     stacklevel=2,
                 )
         self._compiled = self.graph_module
+
+    def _examples(self, operands: tuple) -> list[Any]:
+        """What Inductor is shown of the operands."""
+        return list(operands)
+
+
+class _Common(InductorKind):
+    """A graph of symbolic width, compiled as such."""
+
+    def _examples(self, operands: tuple) -> list[Any]:
+        return examples(self.graph_module, operands)
+
+
+class InductorWidths(torch.nn.Module):
+    """A graph of symbolic width, compiled once, and again for a width that the compiled code does not serve.
+
+    Attributes
+    ----------
+    common
+        What serves all other widths.
+    alone
+        The widths that have code of their own.
+    """
+
+    def __init__(self, graph: fx.GraphModule, name: str) -> None:
+        super().__init__()
+        self.graph_module = graph
+        self.name = name
+        self.common: InductorKind = _Common(graph, name)
+        self.alone: dict[int, InductorKind] = {}
+        self._served: set[int] = set()
+        at = width_operand(graph)
+        assert at is not None
+        self._at = at
+
+    def forward(self, *operands: Any) -> tuple:
+        """Run the graph; results as the graph returns them."""
+        width = operands[self._at].shape[0]
+        if width not in self._served:
+            self._serve(width, operands)
+        return self.alone.get(width, self.common)(*operands)
+
+    def _serve(self, width: int, operands: tuple) -> None:
+        self.common.prepare(operands)  # may decide on the width
+        symbol = width_of(self.graph_module)
+        assert symbol is not None
+        if not holds(symbol, width):
+            log.info("%s does not serve %d cells, which are compiled for themselves", self.name, width)
+            self.alone[width] = InductorKind(at_width(self.graph_module, width), f"{self.name}_w{width}")
+        self._served.add(width)
 
 
 def _laid_out(operand: Any, stride: tuple[int, ...] | None) -> Any:

@@ -29,11 +29,12 @@ from diagpass.errors import BatchingError
 from diagpass.ir import Kind
 from diagpass.lowering.accumulate import accumulate, cut
 from diagpass.lowering.batch import batch_kind, device_of
-from diagpass.lowering.inplace import Result, write_results
+from diagpass.lowering.inplace import Result, results_of, write_results
 from diagpass.lowering.products import Product, products, with_loops
+from diagpass.lowering.widths import width_of
 from diagpass.options import Options
 from diagpass.runtime.choose import Choice, choose, layout
-from diagpass.runtime.compiled import InductorKind
+from diagpass.runtime.compiled import InductorKind, InductorWidths
 
 log = logging.getLogger(__name__)
 
@@ -122,42 +123,38 @@ class Forms:
         self.made: list[GroupForm] = []
         self._singles: dict[Hashable, _Single | None] = {}
 
+    def serves_any_width(self, kind: Kind) -> bool:
+        """Whether one form may run groups of any width: one that is chosen, or in pieces, is for one."""
+        return self.options.form in ("auto", "batched") and not is_measured(self.options, device_of(kind))
+
     def group(
-        self, kind: Kind, key: Hashable, width: int, shared: tuple[bool, ...], traced: Traced, name: str
+        self,
+        kind: Kind,
+        key: Hashable,
+        width: int | None,
+        shared: tuple[bool, ...],
+        traced: Traced,
+        name: str,
+        given: bool = False,
     ) -> torch.nn.Module:
-        """What runs a group and returns its results.
+        """What runs a group.
 
         Parameters
         ----------
         kind, key
             The kind, and what tells it from others.
         width, shared, traced
-            The number of cells, which operands they share, and the batched form.
+            The number of cells (None for any number, where :meth:`serves_any_width`), which operands they
+            share, and the batched form.
         name
             What messages call it.
+        given
+            Whether the results, all stacked, are written to tensors given after the operands; else they are
+            returned.
         """
-        return self._make(kind, key, width, shared, traced, name, given=False)
-
-    def into(
-        self, kind: Kind, key: Hashable, width: int, shared: tuple[bool, ...], traced: Traced, name: str
-    ) -> tuple[torch.nn.Module, tuple[Result, ...]]:
-        """What runs a group and writes its results (all stacked) to tensors given after the operands."""
-        results = write_results(traced.graph)[1]
-        return self._make(kind, key, width, shared, traced, name, given=True), results
-
-    def _make(
-        self,
-        kind: Kind,
-        key: Hashable,
-        width: int,
-        shared: tuple[bool, ...],
-        traced: Traced,
-        name: str,
-        given: bool,
-    ) -> torch.nn.Module:
         device = device_of(kind)
         measured = is_measured(self.options, device)
-        if width == 1 or (self.options.form in ("auto", "batched") and not measured):
+        if width is None or width == 1 or self.serves_any_width(kind):
             return self._compiled(traced.graph, name, given)
         form = GroupForm(key, width, name, device)
         found = products(traced.graph)
@@ -192,17 +189,16 @@ class Forms:
             except BatchingError as error:
                 log.debug("kind %d has no form for a single cell: %s", kind.index, error)
                 return None
-            graph, results = write_results(with_loops(graph, [each.node for each in products(graph)]))
-            run = self._wrap(graph, f"kind{kind.index}_single")
+            results = results_of(graph)
+            graph = with_loops(graph, [each.node for each in products(graph)])
+            run = self._wrap(write_results(graph), f"kind{kind.index}_single")
             self._singles[key] = _Single(run, numbers, stacked, results)
         return self._singles[key]
 
     def _compiled(self, graph: fx.GraphModule, name: str, given: bool) -> torch.nn.Module:
         """A form to run; where it is given memory for its results, products accumulate there."""
-        if not given:
-            return self._wrap(graph, name)
-        written, _ = write_results(graph)
-        whole = accumulate(written)
+        written = write_results(graph) if given else graph
+        whole = accumulate(written) if given else graph
         if whole is written or self.options.compiler != "inductor":
             return self._wrap(whole, name)
         pieces = cut(whole)
@@ -211,7 +207,9 @@ class Forms:
         return pieces
 
     def _wrap(self, graph: fx.GraphModule, name: str) -> torch.nn.Module:
-        return InductorKind(graph, name) if self.options.compiler == "inductor" else graph
+        if self.options.compiler != "inductor":
+            return graph
+        return InductorKind(graph, name) if width_of(graph) is None else InductorWidths(graph, name)
 
     def facts(self, number: Callable[[Any], int]) -> list[dict[str, Any]]:
         """What a report says about the forms that were settled; ``number`` gives a kind's place in it."""
