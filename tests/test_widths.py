@@ -18,10 +18,12 @@ from diagpass.lowering import widths as widths_module
 from diagpass.lowering.batch import batch_kind
 from diagpass.lowering.inplace import results_of, write_results
 from diagpass.lowering.widths import at_width, batch_any_width, holds, same_program, width_of
+from diagpass.options import Options
 from diagpass.rolled import kinds as kinds_module
 from diagpass.rolled import run as run_module
 from diagpass.rolled.waves import Direct, Replayed
 from diagpass.runtime.compiled import InductorKind, InductorWidths
+from diagpass.runtime.forms import Forms
 from tests import rolled_models as models
 from tests import tape
 from tests.helpers import fast_copy
@@ -307,3 +309,40 @@ def test_what_the_compiler_decides_on_the_width_is_checked(
         for left, right in zip(run(*operands), fixed(*operands), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-13, atol=1e-13)
     assert set(run.alone) == {2, 3} and compiled == ["any", "any_w2", "any_w3"]
+
+
+class Residual(nn.Module):
+    """Two sums with products, one behind the other, and state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+        self.state = torch.zeros(1, 1, D, dtype=torch.float64)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = torch.sin(h) + self.state
+        h = h + self.first(torch.tanh(h))
+        h = h + self.second(torch.tanh(h))
+        self.state = h.mean((0, 1), keepdim=True)
+        return h
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_products_accumulate_at_each_width(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diagpass.lowering.accumulate.saves_traffic", lambda value: True)
+    torch.manual_seed(0)
+    loop = SegmentLoop(models.Step([Residual() for _ in range(4)]), T).double().eval()
+    ((kind, shared),) = batched_kinds(loop, models.tokens(5 * T))
+    graph, _ = batch_any_width(kind, shared)
+    symbol: Any = width_of(graph)
+    run = Forms(Options.parse({"compiler": compiler}))._compiled(graph, "form", given=True)
+    assert "baddbmm_" in getattr(run, "code", "")
+    for width in (2, 9, 3, 7, 4):
+        fixed, _ = batch_kind(kind, width, shared)
+        operands = made_up(fixed)
+        targets = [torch.empty(shape, dtype=dtype) for shape, dtype, _ in results_of(graph, width)]
+        run(*operands, *targets)
+        for got, wanted in zip(targets, fixed(*operands), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        assert holds(symbol, width)
+    assert not symbol.node.shape_env.guards
