@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -63,17 +64,25 @@ def run(
     budget: Annotated[float, typer.Option(help="Seconds of timing for a length")] = 5.0,
     form: Annotated[str, typer.Option(help="The option form of diagpass.transform")] = "auto",
     note: Annotated[str, typer.Option(help="What to say of the machine")] = "",
+    workspace: Annotated[
+        bool, typer.Option(help="cuBLAS with its workspace; without, CUBLAS_WORKSPACE_CONFIG=:0:0")
+    ] = True,
 ) -> None:
     """Measure one shard."""
+    if not workspace:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":0:0"
     wanted = set(baselines.split(","))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = PRESETS[preset]
     rows = _load(out)
-    done = {(row["preset"], row["segment"], row["tokens"], row["head"], row["device"]) for row in rows}
+    done = {
+        (*(row[key] for key in ("preset", "segment", "tokens", "head", "device")), row.get("workspace", True))
+        for row in rows
+    }
     lengths = [int(part) for part in tokens.split(",")]
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     name += f", {note}" if note else ""
-    lengths = [length for length in lengths if (preset, segment, length, head, name) not in done]
+    lengths = [length for length in lengths if (preset, segment, length, head, name, workspace) not in done]
     if not lengths:
         return
     torch.set_grad_enabled(False)
@@ -103,7 +112,7 @@ def run(
         row = _measure(sides, shape, make_ids(shape, length, device), head, budget)
         del sides
         row = {
-            "case": f"{preset}, segment {segment}, {length} tokens",
+            "case": f"{preset}, segment {segment}, {length} tokens" + ("" if workspace else ", no workspace"),
             "preset": preset,
             "segment": segment,
             "tokens": length,
@@ -111,6 +120,7 @@ def run(
             "device": name,
             "torch": torch.__version__,
             "ran": fast.report.ran,
+            "workspace": workspace,
             "forms": sorted({f"{fact['width']}: {fact['form']}" for fact in fast.report.forms}),
             "threads": torch.get_num_threads() if device == "cpu" else 0,
             **row,
@@ -162,9 +172,14 @@ def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: bool, budget:
     measured = milliseconds(calls, device, budget, most=15 if device == "cuda" else 60)
     times, best = medians(measured), {name: min(found) for name, found in measured.items()}
     own, own_best = times.pop("wavefront"), best.pop("wavefront")
-    error = None
+    errors = {}
     if sides.strongest is not None:
-        error = relative_error(_logits(fast()), sides.strongest(ids))
+        exact = sides.strongest(ids)
+        errors = {
+            name: relative_error(_logits(calls[name]()), exact)
+            for name in ("wavefront", "eager")
+            if name in calls
+        }
     return {
         "ms": own,
         "tokens_per_s": length / own * 1e3,
@@ -175,7 +190,8 @@ def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: bool, budget:
         "rounds": len(measured["wavefront"]),
         "peak_bytes": peak_bytes(fast, device),
         "new_length_s": new - own * 1e-3,
-        "difference_to_strongest": error,
+        "difference_to_strongest": errors.get("wavefront"),
+        "difference_of_eager": errors.get("eager"),
     }
 
 
