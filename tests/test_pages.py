@@ -262,3 +262,17 @@ def test_fills_are_known_by_memory() -> None:
     with Fills() as fills:
         b.zero_()
     assert fills.wrote_only([b]) and not fills.wrote_only([a])
+    with Fills([weight := torch.ones(2)]) as fills:
+        torch.ops.aten.mul_.Scalar(weight, 2)
+    assert not fills.wrote_only([])
+
+
+def test_a_write_that_no_function_shows_is_seen() -> None:
+    """As an extension writes: past everything that watches functions."""
+    weight = torch.ones(2)
+    with Fills([weight]) as fills:
+        a = torch.zeros(3)
+        with torch._C.DisableTorchFunction():
+            a.add_(1)
+            weight.add_(1)
+    assert fills.of(a) is None and not fills.wrote_only([])

@@ -514,7 +514,8 @@ class TransformedLoop(Transformed):
 
     def _begin(self, is_watched: bool = False) -> Fills | None:
         """Start a call: reset, and say that earlier streams are over; what a watched reset made."""
-        fills = Fills() if is_watched and self._original.reset is not None else None
+        weights = self._session.kinds.numbered()[1]
+        fills = Fills(weights) if is_watched and self._original.reset is not None else None
         with fills or contextlib.nullcontext():
             self._original.reset_step()
         self._original._runs += 1

@@ -1,4 +1,4 @@
-"""What a reset puts into the state, known from its operations: constants.
+"""What a reset puts into the state, known from what it calls: constants.
 
 Most resets make zeros. A call whose state at the start is constants that were met before can be played before
 the reset has run (:mod:`diagpass.rolled.pages`), if the reset is watched and does the same again.
@@ -7,31 +7,34 @@ the reset has run (:mod:`diagpass.rolled.pages`), if the reset is watched and do
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["Fill", "Fills"]
 
-aten = torch.ops.aten
-
-_CONSTANT = {
-    aten.zeros.default: 0,
-    aten.zeros_like.default: 0,
-    aten.new_zeros.default: 0,
-    aten.ones.default: 1,
-    aten.ones_like.default: 1,
-    aten.new_ones.default: 1,
+_CONSTANT: dict[Any, int] = {
+    torch.zeros: 0,
+    torch.zeros_like: 0,
+    Tensor.new_zeros: 0,
+    torch.ones: 1,
+    torch.ones_like: 1,
+    Tensor.new_ones: 1,
 }
-_NUMBER_AT = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
-_WRITES = {aten.zero_.default: 1, aten.fill_.Scalar: 2}
-_EMPTY = (
-    aten.empty.memory_format,
-    aten.empty_like.default,
-    aten.new_empty.default,
-    aten.empty_strided.default,
+_NUMBER_AT: dict[Any, int] = {torch.full: 1, torch.full_like: 1, Tensor.new_full: 2}
+_EMPTY: Sequence[Any] = (torch.empty, torch.empty_like, Tensor.new_empty, torch.empty_strided)
+_WRITES: dict[Any, int] = {Tensor.zero_: 1, Tensor.fill_: 2}
+_READS: frozenset[Any] = frozenset(
+    (
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("dtype", "device", "shape", "ndim", "layout", "is_cuda")
+        ),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point),
+    )
 )
 
 
@@ -42,41 +45,49 @@ class Fill:
     value: float
 
 
-class Fills(TorchDispatchMode):
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """A tensor (alive: its id and its memory are its own) as it was when it was filled."""
+
+    tensor: Tensor
+    memory: int
+    version: int
+
+
+class Fills(TorchFunctionMode):
     """Watches what runs inside, and knows of each tensor that it left whether it is one number everywhere.
 
-    An operation that is neither a factory of constants nor a fill of all of a tensor's memory ends all
-    knowledge: what it wrote, or made an alias of, is not looked into.
+    A function that is neither a factory of constants, nor a fill of all of a tensor's memory, nor a question
+    ends all knowledge: what it wrote, or made an alias of, is not looked into. A write that no function shows
+    (an extension's, say) shows in the version of the tensor.
+
+    Parameters
+    ----------
+    weights
+        What must not be written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Sequence[Tensor] = ()) -> None:
         super().__init__()
+        self._weights = [(weight, weight._version) for weight in weights if not weight.is_inference()]
         self._fills: dict[int, Fill] = {}  # by the address of the memory, which is filled as a whole
-        self._tensors: dict[int, tuple[torch.Tensor, int]] = {}  # alive: their ids and memory are their own
-        self._fresh: list[Any] = []
+        self._known: dict[int, _Known] = {}
+        self._fresh: list[Tensor] = []
         self._written: set[int] = set()
-        self._is_lost = False
+        self._is_lost = any(weight.is_inference() for weight in weights)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else each operation would turn Dynamo off and on again, which takes longer than it
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._is_lost:
-            self._look(func, args, result)
+        if not self._is_lost and func not in _READS:
+            self._look(func, args, kwargs or {}, result)
         return result
 
-    def _look(self, func: Any, args: Any, result: Any) -> None:
-        if func in _WRITES and len(args) == _WRITES[func]:
-            self._holds(args[0], args[1] if func is aten.fill_.Scalar else 0)
+    def _look(self, func: Any, args: Any, kwargs: dict, result: Any) -> None:
+        if kwargs.get("out") is not None:
+            self._lose()
+        elif func in _WRITES and len(args) == _WRITES[func]:
+            self._holds(args[0], args[1] if func is Tensor.fill_ else 0)
             self._written.add(_memory(args[0]))
-        elif func is aten.detach.default:
-            known = self.of(args[0])
-            if known is not None:
-                self._holds(result, known.value)
-            elif _memory(args[0]) not in map(_memory, self._fresh):
-                self._lose()
         elif func in _CONSTANT:
             self._fresh.append(result)
             self._holds(result, _CONSTANT[func])
@@ -89,30 +100,34 @@ class Fills(TorchDispatchMode):
             self._lose()
 
     def _holds(self, tensor: Any, value: Any) -> None:
-        if type(tensor) is not torch.Tensor or type(value) not in (bool, int, float):
+        if type(tensor) is not Tensor or type(value) not in (bool, int, float) or tensor.is_inference():
             self._lose()
             return
         whole = tensor.numel() * tensor.element_size()
         if not 0 < whole == tensor.untyped_storage().nbytes():
             self._lose()
             return
-        self._fills[_memory(tensor)] = Fill(value)
-        self._tensors[id(tensor)] = tensor, _memory(tensor)
+        memory = _memory(tensor)
+        self._fills[memory] = Fill(value)
+        self._known[id(tensor)] = _Known(tensor, memory, tensor._version)
 
     def _lose(self) -> None:
         self._is_lost = True
-        self._tensors.clear()
+        self._known.clear()
 
-    def of(self, tensor: torch.Tensor) -> Fill | None:
+    def of(self, tensor: Tensor) -> Fill | None:
         """The number that the tensor holds; None if that is not known."""
-        found = self._tensors.get(id(tensor))
-        return None if found is None else self._fills[found[1]]
+        known = self._known.get(id(tensor))
+        if known is None or tensor._version != known.version:
+            return None
+        return self._fills[known.memory]
 
-    def wrote_only(self, tensors: Iterable[torch.Tensor]) -> bool:
+    def wrote_only(self, tensors: Iterable[Tensor]) -> bool:
         """Whether no memory that was there before was written but that of these tensors."""
         known = {_memory(tensor) for tensor in (*tensors, *self._fresh)}
-        return not self._is_lost and self._written <= known
+        kept = all(weight._version == version for weight, version in self._weights)
+        return kept and not self._is_lost and self._written <= known
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
