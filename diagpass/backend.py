@@ -108,6 +108,10 @@ class Session:
             return self._run(_PerShape(self, gm, weights))
         return self._run(self.plan(gm, inputs, weights))
 
+    def drop_guesses(self) -> bool:
+        """Nothing is guessed; see :class:`diagpass.transformed.Capturing`."""
+        return False
+
     def plan(self, gm: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[bool]) -> Plan:
         """Analyse a captured graph and make its program, sequential where it must be."""
         found: list[Analysis] = []

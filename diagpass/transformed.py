@@ -66,6 +66,10 @@ class Capturing(Protocol):
         """A captured graph in, what runs it out."""
         ...
 
+    def drop_guesses(self) -> bool:
+        """A capture failed: forget symbols that are guesses; whether there were any."""
+        ...
+
 
 class CaptureFailed(Exception):
     """Dynamo could not capture the call; the text is its reason and the user's line."""
@@ -106,6 +110,8 @@ def call_entry(entry: Callable[..., Any], session: Capturing, args: tuple, kwarg
                 log.info("capturing again with counters as symbols: %s", inner)
                 session.symbols |= inner.sources
                 continue
+            if session.drop_guesses():
+                continue
             if isinstance(inner, CaptureError):
                 raise CaptureFailed(str(inner)) from None
             if isinstance(inner, (DiagpassError, OnlyAnalysed)):
@@ -117,6 +123,8 @@ def call_entry(entry: Callable[..., Any], session: Capturing, args: tuple, kwarg
         except RecompileError:
             raise
         except TorchDynamoException as error:
+            if session.drop_guesses():
+                continue
             raise CaptureFailed(dynamo.why(error)) from error
 
 

@@ -99,6 +99,15 @@ def counters() -> set[str]:
     return found
 
 
+def symbols() -> set[str]:
+    """Sources of the ints that the capture under way reads as symbols."""
+    try:
+        env: Any = InstructionTranslator.current_tx().output.shape_env
+    except (AttributeError, LookupError):
+        return set()
+    return set(getattr(env, "source_to_var", ()) or ())
+
+
 def bounded_deque() -> str | None:
     """A name for a ``deque`` with ``maxlen`` that the captured frame touches, or None.
 

@@ -314,7 +314,7 @@ class TransformedLoop(Transformed):
         renewed = StepSession(
             self._original.step,
             self._options,
-            symbols=set(session.symbols),
+            symbols=session.symbols - session.foreseen,
             captures=session.captures,
             changing={*session.changing, *names},
         )

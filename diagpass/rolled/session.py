@@ -12,6 +12,7 @@ import torch.fx as fx
 
 from diagpass.backend import FoundCounters
 from diagpass.capture import dynamo
+from diagpass.capture.foresight import foresee
 from diagpass.capture.marks import attribute_path
 from diagpass.errors import CaptureError
 from diagpass.logs import artifact
@@ -48,7 +49,8 @@ class StepSession:
 
     It has what :func:`diagpass.transformed.call_entry` asks of a session: ``symbols``, the counters that stay
     symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces,
-    ``carried`` is the state that it is given and may change: a cache, say.
+    ``carried`` is the state that it is given and may change: a cache, say. ``foreseen`` are the symbols that
+    no capture has shown to be counters yet.
     """
 
     step: torch.nn.Module
@@ -61,10 +63,13 @@ class StepSession:
     kinds: Kinds = dataclasses.field(init=False)
     run: Run | None = None
     carried: tuple[Any, ...] = ()
+    foreseen: set[str] = dataclasses.field(default_factory=set)
     scores: Scores = dataclasses.field(default_factory=Scores)
 
     def __post_init__(self) -> None:
         self.kinds = Kinds(self.options)
+        self.foreseen = foresee(self.step, "model") - self.symbols
+        self.symbols |= self.foreseen
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's call: one behaviour of the step in, what records a segment of it out."""
@@ -74,9 +79,7 @@ class StepSession:
         if obstacle is not None:
             raise Refused(Refusal(f"the step cannot be captured soundly: {obstacle}", CaptureError))
         self._check_outside()
-        fresh = dynamo.counters() - self.symbols
-        if fresh:
-            raise FoundCounters(fresh)
+        self._check_counters()
         try:
             step = capture(gm, inputs, self.changing | self._written())
         except CaptureError as error:
@@ -97,6 +100,22 @@ class StepSession:
             return self.run.step(program, args)
 
         return record
+
+    def _check_counters(self) -> None:
+        """Start anew where counters are not symbols, or what is no counter is one."""
+        changed = dynamo.counters()
+        self.foreseen -= changed
+        wrong, fresh = self.foreseen & dynamo.symbols(), changed - self.symbols
+        self.symbols -= wrong
+        self.foreseen -= wrong
+        if wrong or fresh:
+            raise FoundCounters(fresh)
+
+    def drop_guesses(self) -> bool:
+        """Take back what was foreseen and has not come; whether there is such."""
+        guesses, self.foreseen = self.foreseen, set()
+        self.symbols -= guesses
+        return bool(guesses)
 
     def _written(self) -> set[str]:
         """Names of what the behaviours known so far write in place: state, where another only reads it."""
