@@ -28,7 +28,7 @@ import typer
 
 import diagpass
 from benchmarks.baselines import FullAttention, StrongestSequential, compiled_step
-from benchmarks.estimates import START, compare, report_of
+from benchmarks.estimates import compare, report_of
 from benchmarks.measure import (
     matmul_rate,
     medians,
@@ -218,7 +218,7 @@ def table(
 @app.command()
 def estimates(
     files: Annotated[list[Path], typer.Argument(help="Files of rows")],
-    start: Annotated[float, typer.Option(help="Seconds of a kernel, for rows that do not say")] = START,
+    start: Annotated[float | None, typer.Option(help="Seconds of a kernel, for the row's figure")] = None,
 ) -> None:
     """Compare the cost model with rows, as a table in Markdown."""
     reports: dict[tuple[str, int], diagpass.Report] = {}

@@ -39,16 +39,18 @@ def diagonal(layers: int, segments: int) -> list[list[dict[str, Any]]]:
 
 
 def compare(
-    report: diagpass.Report, row: dict[str, Any], start: float = START
+    report: diagpass.Report, row: dict[str, Any], start: float | None = None
 ) -> dict[str, dict[str, float]]:
     """Milliseconds by side, ``"sequential"`` (the strongest) and ``"wavefront"``: measured, estimated.
 
-    Of the machine that is not known the host is left out.
+    The machine is the row's; of one that has none the host is left out. ``start``, seconds of a kernel, takes
+    the place of the machine's.
     """
     layers, segments = PRESETS[row["preset"]].layers, row["tokens"] // row["segment"]
-    machine = diagpass.Machine(row["device"], {"bfloat16": row["matmul_flops"]}, BANDWIDTH, start, UNITS)
-    if "machine" in row:
-        machine = diagpass.Machine(**row["machine"])
+    usual = diagpass.Machine(row["device"], {"bfloat16": row["matmul_flops"]}, BANDWIDTH, START, UNITS)
+    machine = diagpass.Machine(**row["machine"]) if "machine" in row else usual
+    if start is not None:
+        machine = dataclasses.replace(machine, start_seconds=start)
     glue = total_work([(report.glue, segments // 2)])  # it is that of two segments
     told = estimate(report.kinds, diagonal(layers, segments), glue, layers * segments, machine)
     measured = {"sequential": row["baselines_ms"]["strongest"], "wavefront": row["ms"]}

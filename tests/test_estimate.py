@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import diagpass
-from benchmarks.estimates import START, compare, report_of
+from benchmarks.estimates import compare, report_of
 from diagpass.describe.estimate import estimate, utilisation
 from diagpass.describe.work import NO_WORK, total_work, work_of
 from diagpass.machine import Machine, measure_machine
@@ -131,26 +131,28 @@ def _flat() -> tuple[torch.nn.Module, torch.Tensor]:
     return torch.nn.Sequential(torch.nn.Tanh(), model), x
 
 
-@pytest.fixture(scope="module", params=["1B", "160M"])
+@pytest.fixture(scope="module", params=["1B-1024", "160M-1024", "1B-512", "1B-256"])
 def recorded(request: pytest.FixtureRequest) -> tuple[diagpass.Report, list[dict[str, Any]]]:
     """A preset's report, and the rows that an H100 measured."""
-    rows = json.loads((RESULTS / f"h100-{request.param}-1024.json").read_text("utf-8"))
-    return report_of(request.param, 1024), rows
+    preset, segment = request.param.split("-")
+    rows = json.loads((RESULTS / f"h100-{request.param}.json").read_text("utf-8"))
+    return report_of(preset, int(segment)), rows
 
 
-@pytest.mark.parametrize("start", [1e-6, START, 3e-6])
-def test_estimates_are_within_30_percent_where_the_device_is_the_limit(recorded: Any, start: float) -> None:
-    """All lengths of the best sequential run, and the wavefront of the large model from 32 segments on.
+@pytest.mark.parametrize("start", [None, 1e-6, 3e-6])
+def test_estimates_are_within_30_percent_where_the_device_is_the_limit(
+    recorded: Any, start: float | None
+) -> None:
+    """All lengths of the best sequential run, and all of the wavefront but short ones of the small model.
 
-    In the other wavefronts the device probably waits for the host, of which the rows have no figures: the
-    estimate, which is of the device alone, is a bound from below there (docs/derivations.md). Kernels take
-    some microseconds; the result does not hang on how many.
+    There the host is the limit, and was slower than its figures say (docs/derivations.md). What a kernel
+    takes to start was measured; for segments of 1,024 tokens the result does not hang on it.
     """
     report, rows = recorded
-    for row in rows:
+    for row in rows if start is None or rows[0]["segment"] == 1024 else ():
         sides = compare(report, row, start)
         assert abs(sides["sequential"]["error"]) < 0.3, row["case"]
-        if row["preset"] == "1B" and row["tokens"] >= 32 * row["segment"]:
+        if row["preset"] == "1B" or row["tokens"] >= 32 * row["segment"]:
             assert abs(sides["wavefront"]["error"]) < 0.3, row["case"]
         else:
             assert sides["wavefront"]["error"] < 0, row["case"]
