@@ -27,6 +27,7 @@
 True
 """
 
+from diagpass.calibration import measure_machine
 from diagpass.describe.progress import Progress
 from diagpass.errors import (
     BatchingError,
@@ -39,7 +40,7 @@ from diagpass.errors import (
     VerificationError,
 )
 from diagpass.loop import SegmentLoop, SegmentStream
-from diagpass.machine import Machine, measure_machine
+from diagpass.machine import Machine
 from diagpass.report import Report
 from diagpass.transform import explain, transform
 

@@ -11,7 +11,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -24,9 +24,6 @@ from diagpass.runtime.clock import measuring
 from diagpass.stages import say
 from diagpass.state import Snapshot
 
-if TYPE_CHECKING:
-    from diagpass.transformed import Transformed
-
 __all__ = ["device_and_dtype", "measure"]
 
 BUDGET = 2.0  # seconds of timed rounds, of which there are LEAST (unless they are long) to MOST
@@ -34,8 +31,8 @@ LEAST, MOST = 3, 9
 WARM = 6  # calls at most until nothing new is captured
 
 
-def measure(fast: Transformed, args: tuple, kwargs: dict) -> Report:
-    """Time a call; see :meth:`diagpass.transform.Transformed.measure`."""
+def measure(fast: Any, args: tuple, kwargs: dict) -> Report:
+    """Time a call of a :class:`~diagpass.transformed.Transformed`; see its ``measure``."""
     model = fast.original
     device, dtype = device_and_dtype(model, (args, kwargs))
 
@@ -98,12 +95,12 @@ def device_and_dtype(model: torch.nn.Module, inputs: Any) -> tuple[torch.device,
     return (devices[0] if devices else torch.device("cpu")), dtype
 
 
-def _counts(fast: Transformed) -> tuple[int, int]:
+def _counts(fast: Any) -> tuple[int, int]:
     report = _report(fast)
     return report.captures, report.plans
 
 
-def _report(fast: Transformed) -> Report:
+def _report(fast: Any) -> Report:
     report = fast.report
     if report is None:
         raise DiagpassError("nothing was captured, so there is nothing to measure: is DIAGPASS_DISABLE set?")

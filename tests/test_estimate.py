@@ -14,9 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import diagpass
 from benchmarks.estimates import compare, report_of
+from diagpass.calibration import measure_machine
 from diagpass.describe.estimate import estimate, utilisation
 from diagpass.describe.work import NO_WORK, total_work, work_of
-from diagpass.machine import Machine, measure_machine
+from diagpass.machine import Machine
 from tests import rolled_models
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diagpass.machine import measure_machine
+from diagpass.calibration import measure_machine
 from diagpass.measured import device_and_dtype
 from diagpass.report import Report
 from diagpass.state import Snapshot
