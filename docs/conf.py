@@ -47,9 +47,9 @@ def draw_pictures(_app: Any) -> None:
 
 
 def list_figures(_app: Any, page: str, source: list[str]) -> None:
-    """Pages that come and go (models, performance, profiles) are listed where they are."""
+    """Pages that come and go (models, performance) are listed where they are."""
     if page == "index":
-        names = [name for name in ("models", "performance", "profiles") if (HERE / f"{name}.md").exists()]
+        names = [name for name in ("models", "performance") if (HERE / f"{name}.md").exists()]
         source[0] = source[0].replace("FIGURES", "\n".join(names))
 
 
