@@ -19,6 +19,12 @@ import torch
 import torch._dynamo.config
 import torch.fx as fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.tensor import (
+    NumpyNdarrayVariable,
+    SymNodeVariable,
+    UnspecializedPythonVariable,
+)
 from torch.torch_version import TorchVersion
 
 from diagpass.capture.marks import spoken
@@ -48,7 +54,12 @@ def settings(symbols: Collection[str] = ()) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=256)
 def _pattern(symbols: frozenset[str]) -> str:
-    return ",".join(f"{re.escape(name)}$" for name in sorted(symbols))
+    """One expression: of a list torch tries each in turn, and ``re`` compiles anew what is beyond 512.
+
+    torch cuts it at commas and drops spaces, which may stand in a module's name.
+    """
+    escaped = (re.escape(name).replace(",", r"\x2c").replace(r"\ ", r"\x20") for name in sorted(symbols))
+    return "|".join(f"{name}$" for name in escaped)
 
 
 def _patches(pattern: str) -> list[contextlib.AbstractContextManager]:
@@ -144,6 +155,46 @@ def accumulated_gradient(gm: fx.GraphModule) -> str | None:
             with contextlib.suppress(NotImplementedError):  # made inside the frame
                 return source_name(variable.source)
     return None
+
+
+def made_numbers() -> str | None:
+    """What the captured frame leaves or returns that Dynamo reads out of a tensor, at once, or None.
+
+    A Python float that is computed from a symbol comes out of the graph as a tensor, whose ``item()`` Dynamo
+    takes, and a NumPy array as one that it converts: wrong where the values of results come later. Only
+    meaningful inside a backend call.
+    """
+    try:
+        tx = InstructionTranslator.current_tx()
+        effects = tx.output.side_effects
+    except (AttributeError, LookupError):
+        return None
+    for variable, attributes in effects.store_attr_mutations.items():
+        for attribute, value in attributes.items():
+            what = _read_at_once([value])
+            if what is not None:
+                with contextlib.suppress(NotImplementedError, AttributeError):  # made inside the frame
+                    return f"{spoken(f'{source_name(variable.source)}.{attribute}')} is {what}"
+                return f"an attribute {attribute} is {what}"
+    left = [item for item in effects.id_to_variable.values() if effects.is_modified(item)]
+    what = _read_at_once([*tx.stack, *left])
+    return None if what is None else f"the step returns or keeps {what}"
+
+
+def _read_at_once(values: list[Any]) -> str | None:
+    """What among these, or inside of them, comes from the graph and is no tensor, int or bool afterwards."""
+    found: list[str] = []
+
+    def look(variable: Any) -> None:
+        if getattr(variable, "source", None) is not None:
+            return
+        if isinstance(variable, (NumpyNdarrayVariable, UnspecializedPythonVariable)):
+            found.append("a NumPy array or number")
+        elif isinstance(variable, SymNodeVariable) and variable.python_type() is float:
+            found.append("a Python float computed from an int that changes")
+
+    VariableTracker.visit(look, values)
+    return found[0] if found else None
 
 
 def iterator() -> str | None:

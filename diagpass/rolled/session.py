@@ -108,6 +108,8 @@ class StepSession:
         wrong, fresh = self.foreseen & dynamo.symbols(), changed - self.symbols
         self.symbols -= wrong
         self.foreseen -= wrong
+        if wrong and not fresh:  # a capture that nobody needed
+            self.captures -= 1
         if wrong or fresh:
             raise FoundCounters(fresh)
 
@@ -135,6 +137,9 @@ class StepSession:
                 f"backward() inside leaves gradients, perhaps on {attribute_path(owner)}; compute them with "
                 "torch.autograd.grad, which leaves nothing behind"
             )
+        number = dynamo.made_numbers()
+        if number is not None:
+            return f"{number}, which is read before its value is there; keep it in a tensor"
         iterator = dynamo.iterator()
         if iterator is not None:
             return f"{iterator} is an iterator, and capturing one would advance it; use a counter"
