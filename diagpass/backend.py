@@ -116,7 +116,9 @@ class Session:
         """Analyse a captured graph and make its program, sequential where it must be."""
         found: list[Analysis] = []
 
-        def lower(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def lower(
+            graph: fx.GraphModule, fake_inputs: Sequence[Any], inference: bool = False
+        ) -> Callable[..., Any]:
             names, is_weight = _names(gm, graph), _functional_weights(graph, weights)
             repro = script(graph, is_weight)
             analysis = pipeline.analyse(graph, self.options)
@@ -127,7 +129,7 @@ class Session:
             wanted = self.options.schedule != "sequential"
             if not wanted or (analysis.refusal is not None and not forced):
                 raise RunSequentially(analysis)
-            program, analysis = pipeline.lower(graph, analysis, is_weight, self.options)
+            program, analysis = pipeline.lower(graph, analysis, is_weight, self.options, inference)
             found.append(analysis)
             return program
 
@@ -145,17 +147,18 @@ class Session:
         return Plan(program, make_report(found[0], "wavefront"), found[0].forms)
 
     def _functionalize(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], lower: functional.Lower
+        self, gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Callable[..., Any]]
     ) -> Callable[..., Any]:
         """Functionalise, without gradients where autograd itself has none to give."""
+        inference = functools.partial(lower, inference=True)
         try:
-            return functional.functionalize(gm, inputs, lower)
+            return functional.functionalize(gm, inputs, lower, inference)
         except RuntimeError as error:
             if not torch.is_grad_enabled() or "modified by an inplace operation" not in str(error):
                 raise
         log.info("planned without gradients: state written in place overwrites what backward would need")
         with torch.no_grad():
-            return torch.no_grad()(functional.functionalize(gm, inputs, lower))
+            return torch.no_grad()(functional.functionalize(gm, inputs, lower, inference))
 
     def refuse(self, refusal: Refusal | None) -> None:
         """Warn, or raise in strict mode, that the model runs sequentially."""

@@ -35,6 +35,7 @@ from diagpass.options import Options
 from diagpass.runtime.clock import current
 from diagpass.runtime.compiled import InductorKind
 from diagpass.runtime.forms import Forms, Traced, number_in_turn
+from diagpass.runtime.graphed import graphed
 from diagpass.runtime.stacks import ALIGNMENT, WeightStacks
 from diagpass.runtime.timed import TimedWaves
 from diagpass.stages import stage
@@ -197,7 +198,11 @@ def _narrow(cells: CellGraph, waves: Schedule, chain: Edge | None) -> Refusal:
 
 
 def lower(
-    gm: fx.GraphModule, analysis: Analysis, weights: Sequence[bool], options: Options
+    gm: fx.GraphModule,
+    analysis: Analysis,
+    weights: Sequence[bool],
+    options: Options,
+    inference: bool = False,
 ) -> tuple[Callable[..., Any], Analysis]:
     """Waves -> the program.
 
@@ -211,6 +216,9 @@ def lower(
         Per input of the graph, whether it is a weight (the same tensor at every call).
     options
         The user's choices.
+    inference
+        Whether no backward pass follows, so that a call may be replayed as one CUDA graph: what is saved for
+        one would be copied.
 
     Returns
     -------
@@ -243,11 +251,14 @@ def lower(
     )
 
     found = analysis.cells
+    run = emitted.module
+    if inference and compiled:
+        run = graphed(emitted.module, gm, [*weights, *(True for _ in plan.stacks)])
 
     def program(*args: Any) -> Any:
         clock = current()
         if clock is None:
-            return emitted.module(*args, *stacks(args))
+            return run(*args, *stacks(args))
         return TimedWaves(emitted.module, found.cells, clock).run(*args, *stacks(args))
 
     notes = (*analysis.notes, *emitted.notes)

@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 Lower = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def functionalize(gm: fx.GraphModule, inputs: Sequence[Any], lower: Lower) -> Callable[..., Any]:
+def functionalize(
+    gm: fx.GraphModule, inputs: Sequence[Any], lower: Lower, inference: Lower | None = None
+) -> Callable[..., Any]:
     """Functionalise ``gm`` and have ``lower`` make the program.
 
     Parameters
@@ -35,6 +37,8 @@ def functionalize(gm: fx.GraphModule, inputs: Sequence[Any], lower: Lower) -> Ca
     lower
         Called with the functional forward graph and its (fake) inputs; returns what runs it, taking
         the graph's inputs as positional arguments and returning its outputs as a sequence.
+    inference
+        Called instead, if given, where no gradients are asked for.
 
     Returns
     -------
@@ -46,13 +50,16 @@ def functionalize(gm: fx.GraphModule, inputs: Sequence[Any], lower: Lower) -> Ca
     def forward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(lower(graph, fake_inputs))
 
+    def without_gradients(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func((inference or lower)(graph, fake_inputs))
+
     def backward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(graph.forward)
 
     compile_functional = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,
-        inference_compiler=forward,
+        inference_compiler=without_gradients,
         partition_fn=default_partition,
     )
     return compile_functional(gm, inputs)

@@ -24,6 +24,7 @@ from diagpass.rolled.fills import Fill, Fills
 from diagpass.rolled.run import as_captured
 from diagpass.rolled.score import Action, Label, Score
 from diagpass.runtime.buffers import Buffers
+from diagpass.runtime.layouts import like, overlaps
 from diagpass.runtime.replay import Recorder
 
 __all__ = ["Pages", "Playing", "new_results", "press"]
@@ -74,7 +75,7 @@ class _Pressing:
 
     def __init__(self, score: Score, given: Mapping[int, torch.Tensor], recorder: Recorder, buffers: Buffers):
         self.recorder, self._buffers = recorder, buffers
-        self.stage = {place: _like(value) for place, value in given.items()}
+        self.stage = {place: like(value) for place, value in given.items()}
         self.memory: list[Any] = [*score.memory]
         for place, value in given.items():
             self.memory[place] = self.stage[place].copy_(value)
@@ -321,7 +322,7 @@ def _check(score: Score, given: Mapping[int, torch.Tensor]) -> None:
     devices |= {item.device for item in score.joined.values()}
     if len(devices) > 1:
         raise _Unpressable("it is on several devices")
-    if any(_overlaps(value) for value in given.values()):
+    if any(overlaps(value) for value in given.values()):
         raise _Unpressable("it is given a tensor that overlaps itself")
     for program in {asked.program for asked in score.asked}:
         if any(is_random(node) for node in program.step.graph.graph.nodes):
@@ -330,17 +331,3 @@ def _check(score: Score, given: Mapping[int, torch.Tensor]) -> None:
 
 def _part(value: torch.Tensor, cut: tuple[int, int, int] | None) -> torch.Tensor:
     return value if cut is None else value.narrow(*cut)
-
-
-def _overlaps(value: torch.Tensor) -> bool:
-    """Whether elements of the tensor share memory, or it has none; a maybe is a yes."""
-    span = 0
-    for step, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size > 1 and step <= span:
-            return True
-        span += (size - 1) * step
-    return value.untyped_storage().nbytes() == 0
-
-
-def _like(value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

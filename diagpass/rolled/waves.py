@@ -26,7 +26,7 @@ from diagpass.rolled.kinds import Into, Kinds
 from diagpass.rolled.values import Box, Row, gather, listener, parts_of, runs_of, tensor_of
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.clock import clock_of_groups
-from diagpass.runtime.replay import CudaRecorder, Recorder, Replays
+from diagpass.runtime.replay import CudaRecorder, Recorder, Replays, StreamOrder
 from diagpass.runtime.stacks import ALIGNMENT
 
 __all__ = ["Direct", "PendingCell", "Replayed", "WaveWork", "runner"]
@@ -218,7 +218,7 @@ class Replayed:
         self.recorder = recorder
         self.replays = Replays(recorder)
         self._direct = Direct(kinds)
-        self._stream: Any = None
+        self._order = StreamOrder(kinds.device)
 
     def __call__(self, cells: Sequence[PendingCell]) -> int:
         """Run cells that do not depend on each other; how many of them ran batched."""
@@ -251,12 +251,7 @@ class Replayed:
 
     def follow_stream(self) -> None:
         """On another stream than last time, wait for that one: the buffers are the same."""
-        if self.kinds.device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self.kinds.device)
-        if self._stream is not None and stream != self._stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
+        self._order.follow()
 
     def _job(
         self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int], shelf: _Shelf

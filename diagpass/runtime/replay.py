@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 MOST = 512  # graphs that are kept; keys that were seen once count, too
 
-__all__ = ["CudaRecorder", "Recorder", "Replays"]
+__all__ = ["CudaRecorder", "Recorder", "Replays", "StreamOrder"]
 
 
 class Recorder(Protocol):
@@ -89,6 +89,24 @@ class Replays:
             self.launched += 1
             work()
             return None
+
+
+class StreamOrder:
+    """Work on the same memory from several streams, done in the order of the calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: Any = None
+
+    def follow(self) -> Any:
+        """On another stream than last time, wait for that one; the current stream, None if there are none."""
+        if self._device.type != "cuda":
+            return None
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and stream != self._last:
+            stream.wait_stream(self._last)
+        self._last = stream
+        return stream
 
 
 class CudaRecorder:
