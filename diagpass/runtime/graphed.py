@@ -220,7 +220,7 @@ class _Layout:
 
     @classmethod
     def of(cls, value: torch.Tensor) -> _Layout:
-        return cls(value.shape, value.stride(), value.storage_offset(), value.dtype, value.device)
+        return cls(value.shape, value.stride(), int(value.storage_offset()), value.dtype, value.device)
 
     def empty(self) -> torch.Tensor:
         """Memory of its own that looks like it."""
