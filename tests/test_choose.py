@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import diagpass
 from diagpass import SegmentLoop
+from diagpass.kernels import choose as choose_module
+from diagpass.kernels.choose import CLEARLY, choose
 from diagpass.lowering.products import products, with_loops
 from diagpass.options import Options
 from diagpass.report import schema
 from diagpass.rolled import run as run_module
 from diagpass.rolled.waves import Direct, Replayed
-from diagpass.runtime import choose as choose_module
-from diagpass.runtime.choose import CLEARLY, choose
 from diagpass.runtime.forms import is_measured
 from tests import rolled_models as models
 from tests import tape

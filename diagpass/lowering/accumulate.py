@@ -28,6 +28,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from diagpass.lowering.views import is_packed, is_view, is_whole
+
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ def _chains(graph: fx.Graph, pays: Callable[[torch.Tensor], bool]) -> dict[fx.No
     taken: set[fx.Node] = set()
     for copy in graph.find_nodes(op="call_function", target=aten.copy_.default):
         target, source = copy.args
-        if target.op != "placeholder" or not _is_packed(target):
+        if target.op != "placeholder" or not is_packed(target):
             continue
         chain: list[_Sum] = []
         node = _end(source)
@@ -160,7 +162,7 @@ def _chains(graph: fx.Graph, pays: Callable[[torch.Tensor], bool]) -> dict[fx.No
 
 def _sum(node: fx.Node, place: dict[fx.Node, int]) -> _Sum | None:
     """The node as a sum that can be accumulated, or None."""
-    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1 or not _is_packed(node):
+    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1 or not is_packed(node):
         return None
     kept: Any
     added: Any
@@ -177,11 +179,11 @@ def _path(added: Any, reader: fx.Node) -> tuple[fx.Node, ...]:
     """From a product to its only reader, through views that leave it as it lies; empty if it is none."""
     path: list[fx.Node] = []
     node = added
-    while isinstance(node, fx.Node) and list(node.users) == [reader] and _is_packed(node):
+    while isinstance(node, fx.Node) and list(node.users) == [reader] and is_packed(node):
         path.insert(0, node)
         if node.target in _ADDING:
             return tuple(path) if node.meta["val"].dtype == added.meta["val"].dtype else ()
-        if not _is_view(node) or not _is_whole(node):
+        if not is_view(node) or not is_whole(node):
             return ()
         node, reader = node.args[0], node
     return ()
@@ -189,9 +191,9 @@ def _path(added: Any, reader: fx.Node) -> tuple[fx.Node, ...]:
 
 def _end(node: fx.Node) -> fx.Node:
     """What a value is a view of, as long as all of it lies in the same order."""
-    while _is_view(node) and _is_packed(node) and _is_whole(node):
+    while is_view(node) and is_packed(node) and is_whole(node):
         source: Any = node.args[0]
-        if not _is_packed(source):
+        if not is_packed(source):
             break
         node = source
     return node
@@ -210,7 +212,7 @@ def _is_read_later(kept: fx.Node, node: fx.Node, place: dict[fx.Node, int]) -> b
 
 def _moment(reader: fx.Node, place: dict[fx.Node, int]) -> int:
     """When a node reads: a product that can be accumulated does so where its sum stands."""
-    while reader.target in _ADDING or _is_view(reader):
+    while reader.target in _ADDING or is_view(reader):
         if len(reader.users) != 1:
             break
         (reader,) = reader.users
@@ -221,33 +223,8 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
     """Who reads a value, through views too."""
     for user in node.users:
         yield user
-        if _is_view(user) or user.target is operator.getitem:
+        if is_view(user) or user.target is operator.getitem:
             yield from _readers(user)
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether the node's result may be a view of its first argument."""
-    target: Any = node.target
-    return isinstance(target, torch._ops.OpOverload) and (
-        target.is_view or target is aten._unsafe_view.default
-    )
-
-
-def _is_whole(node: fx.Node) -> bool:
-    """Whether a view shows all that there is, once."""
-    source: Any = node.args[0]
-    value = source.meta.get("val")
-    return isinstance(value, torch.Tensor) and node.meta["val"].numel() == value.numel()
-
-
-def _is_packed(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_contiguous() and _symbols(value) < 2
-
-
-def _symbols(value: torch.Tensor) -> int:
-    """How many sizes are not known."""
-    return sum(not isinstance(size, int) for size in value.shape)
 
 
 def _is_like(one: Any, other: fx.Node) -> bool:
@@ -266,10 +243,10 @@ def _is_free(node: fx.Node) -> bool:
     """Whether a node can be made again anywhere: it moves nothing."""
     if node.op == "get_attr" or isinstance(node.meta.get("val"), _SIZES):
         return True
-    if not _is_view(node) or isinstance(node.meta.get("val"), (tuple, list)):
+    if not is_view(node) or isinstance(node.meta.get("val"), (tuple, list)):
         return False
     copies = node.target in (aten.reshape.default, aten.contiguous.default)
-    return not copies or (_is_packed(node) and _is_packed(node.args[0]))  # type: ignore[arg-type]
+    return not copies or (is_packed(node) and is_packed(node.args[0]))  # type: ignore[arg-type]
 
 
 # ----------------------------------------------------------------------------------- the graph in stages

@@ -27,13 +27,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from diagpass.errors import BatchingError
 from diagpass.ir import Kind
+from diagpass.kernels.choose import Choice, choose, layout
 from diagpass.lowering.accumulate import accumulate, cut
 from diagpass.lowering.batch import batch_kind, device_of
+from diagpass.lowering.gated import gate
 from diagpass.lowering.inplace import Result, results_of, write_results
 from diagpass.lowering.products import Product, products, with_loops
 from diagpass.lowering.widths import width_of
 from diagpass.options import Options
-from diagpass.runtime.choose import Choice, choose, layout
 from diagpass.runtime.compiled import InductorKind, InductorWidths
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,12 @@ class Forms:
         return self._singles[key]
 
     def _compiled(self, graph: fx.GraphModule, name: str, given: bool) -> torch.nn.Module:
-        """A form to run; where it is given memory for its results, products accumulate there."""
+        """A form to run; where it is given memory for its results, products accumulate there.
+
+        Gated products are one operation where that is measured to be faster, so not in a form that is pinned.
+        """
+        if self.options.compiler == "inductor" and self.options.form in ("auto", "measured"):
+            graph = gate(graph)
         written = write_results(graph) if given else graph
         whole = accumulate(written) if given else graph
         if whole is written or self.options.compiler != "inductor":

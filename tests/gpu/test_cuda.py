@@ -24,10 +24,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 SEGMENT = 64
 
 
-def make(dtype: torch.dtype = torch.float32, layers: int = 4) -> tuple[SegmentLoop, torch.Tensor]:
+def make(
+    dtype: torch.dtype = torch.float32, layers: int = 4, batch: int = 1
+) -> tuple[SegmentLoop, torch.Tensor]:
     """An ARMT's memory cell in a loop, on the CPU, and token numbers for nine segments."""
     model, (ids,) = armt.build(
-        layers=layers, segments=9, batch=1, segment_size=SEGMENT, num_mem_tokens=8, dtype=dtype
+        layers=layers, segments=9, batch=batch, segment_size=SEGMENT, num_mem_tokens=8, dtype=dtype
     )
     return SegmentLoop(model.memory_cell, SEGMENT, reset="zero_mem"), ids
 
@@ -62,8 +64,11 @@ def test_outputs_and_state_are_as_good_as_the_plain_loop(dtype: torch.dtype, mon
         return loan.fill_(float("nan")) if loan.is_floating_point() else loan
 
     monkeypatch.setattr(Buffers, "lend", poisoned)
-    exact_loop, ids = make(torch.float64)
-    loop, _ = make(dtype)
+    # In half precision a single token of a sequence comes out several times further off than all others, now
+    # here, now there, the plain loop's too: the largest difference is taken over many sequences.
+    batch = 8 if dtype == torch.bfloat16 else 1
+    exact_loop, ids = make(torch.float64, batch=batch)
+    loop, _ = make(dtype, batch=batch)
     exact = call(exact_loop, ids)
     plain = moved(loop)
     fast: Any = diagpass.transform(moved(loop), options={"schedule": "wavefront"})

@@ -40,7 +40,14 @@ _made: dict[Hashable, Choice] = {}
 _lock = threading.Lock()
 
 
-def choose(key: Hashable, candidates: Candidates, device: torch.device, what: str, budget: float) -> Choice:
+def choose(
+    key: Hashable,
+    candidates: Candidates,
+    device: torch.device,
+    what: str,
+    budget: float,
+    clearly: float = CLEARLY,
+) -> Choice:
     """The fastest candidate; timed if this key is met for the first time in this process.
 
     Parameters
@@ -57,6 +64,8 @@ def choose(key: Hashable, candidates: Candidates, device: torch.device, what: st
         What is computed, for the log.
     budget
         Seconds after which no further round begins once there were three; ten times as long stops at once.
+    clearly
+        Another than the first is taken if it needs less than this part of the first one's time.
 
     Returns
     -------
@@ -66,7 +75,7 @@ def choose(key: Hashable, candidates: Candidates, device: torch.device, what: st
     key = (key, tuple(candidates), torch.get_num_threads())
     found = _made.get(key)
     if found is None:  # no lock while candidates run: they may wait for one that is held by who waits for us
-        measured = _measure(candidates, device, what, budget)
+        measured = _measure(candidates, device, what, budget, clearly)
         with _lock:  # of two threads that measured at the same time the first decides
             found = _made.setdefault(key, measured)
     return found
@@ -90,7 +99,9 @@ def seconds(name: str, run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _measure(candidates: Candidates, device: torch.device, what: str, budget: float) -> Choice:
+def _measure(
+    candidates: Candidates, device: torch.device, what: str, budget: float, clearly: float
+) -> Choice:
     first = next(iter(candidates))
     if len(candidates) == 1:
         return Choice(first, {})
@@ -107,7 +118,7 @@ def _measure(candidates: Candidates, device: torch.device, what: str, budget: fl
             if spent > budget and (number + 1 >= LEAST or spent > LONGEST * budget):
                 break
     fastest = min(best, key=best.__getitem__)
-    name = fastest if best[fastest] < CLEARLY * best[first] else first
+    name = fastest if best[fastest] < clearly * best[first] else first
     log.debug(
         "%s: %s; %s is taken (compiling took %.2f s, timing %.2f s)",
         what,
