@@ -17,7 +17,7 @@ from diagpass import SegmentLoop
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.graphed import Graphed
 from examples import armt
-from tests.helpers import assert_closer
+from tests.helpers import assert_closer, leaves
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -55,6 +55,23 @@ def call(loop: Any, ids: torch.Tensor) -> torch.Tensor:
         return loop(ids)["logits"].cpu()
 
 
+def assert_typically_closer(exact: Any, got: Any, expected: Any, factor: float = 1.5) -> None:
+    """Half of the sequences are at most ``factor`` times as far off as half of the plain loop's are.
+
+    The memories of random models amplify rounding: in one of a hundred sequences of the plain loop itself, in
+    bfloat16, a difference grows to 10 or 100 times the usual one, in others at each change of a last bit. So
+    neither the largest nor the mean difference says anything, the median does.
+    """
+    triples = zip(leaves(exact), leaves(got), leaves(expected), strict=True)
+    for (path, true), (_, ours), (_, theirs) in triples:
+        far, near = (
+            (each.double() - true).flatten(1).square().mean(1).sqrt().median().item()
+            for each in (ours, theirs)
+        )
+        assert torch.isfinite(ours).all(), path
+        assert far <= factor * near, f"{path}: {far:.3g} against {near:.3g}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_and_state_are_as_good_as_the_plain_loop(dtype: torch.dtype, monkeypatch: Any) -> None:
     lend = Buffers.lend
@@ -64,9 +81,7 @@ def test_outputs_and_state_are_as_good_as_the_plain_loop(dtype: torch.dtype, mon
         return loan.fill_(float("nan")) if loan.is_floating_point() else loan
 
     monkeypatch.setattr(Buffers, "lend", poisoned)
-    # In half precision a single token of a sequence comes out several times further off than all others, now
-    # here, now there, the plain loop's too: the largest difference is taken over many sequences.
-    batch = 8 if dtype == torch.bfloat16 else 1
+    batch, judge = (16, assert_typically_closer) if dtype == torch.bfloat16 else (1, assert_closer)
     exact_loop, ids = make(torch.float64, batch=batch)
     loop, _ = make(dtype, batch=batch)
     exact = call(exact_loop, ids)
@@ -74,8 +89,8 @@ def test_outputs_and_state_are_as_good_as_the_plain_loop(dtype: torch.dtype, mon
     fast: Any = diagpass.transform(moved(loop), options={"schedule": "wavefront"})
     for _ in range(8):
         expected, got = call(plain, ids.cuda()), call(fast, ids.cuda())
-        assert_closer(exact, got, expected)
-        assert_closer(state(exact_loop), state(fast.original), state(plain))
+        judge(exact, got, expected)
+        judge(state(exact_loop), state(fast.original), state(plain))
     assert fast.report.ran == "wavefront"
     assert fast._session.kinds.runner.replays.replayed > 0
 

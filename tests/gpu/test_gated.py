@@ -11,7 +11,7 @@ from torch import Tensor
 import diagpass
 from diagpass.kernels import gated as kernel_module
 from diagpass.kernels.gated import ACTIVATIONS, TILES, best_tiles, gated_product
-from tests.gpu.test_cuda import call, make, moved, state
+from tests.gpu.test_cuda import assert_typically_closer, call, make, moved, state
 from tests.helpers import assert_closer
 
 pytestmark = pytest.mark.skipif(
@@ -113,13 +113,13 @@ def test_the_choice_is_kept() -> None:
 
 def test_in_a_model(monkeypatch: pytest.MonkeyPatch, launched: list[int]) -> None:
     monkeypatch.setattr("diagpass.lowering.gated.best_tiles", lambda rows, first, name: TILES[0])
-    exact_loop, ids = make(torch.float64, batch=8)
-    loop, _ = make(torch.bfloat16, batch=8)
+    exact_loop, ids = make(torch.float64, batch=16)
+    loop, _ = make(torch.bfloat16, batch=16)
     exact = call(exact_loop, ids)
     plain = moved(loop)
     fast: Any = diagpass.transform(moved(loop), options={"schedule": "wavefront"})
     for _ in range(6):
         expected, got = call(plain, ids.cuda()), call(fast, ids.cuda())
-        assert_closer(exact, got, expected)
-        assert_closer(state(exact_loop), state(fast.original), state(plain))
+        assert_typically_closer(exact, got, expected)
+        assert_typically_closer(state(exact_loop), state(fast.original), state(plain))
     assert launched
