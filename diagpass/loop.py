@@ -489,12 +489,11 @@ def cut(inputs: Any, segment_size: int, dim: int) -> list[Any]:
         raise DiagpassError(f"inputs are cut alike and must have one length along dim {dim}: {told}")
     if total == 0:
         raise DiagpassError(f"the input has length 0 along dim {dim}: there is no segment to run")
-    segments = []
-    for start in range(0, total, segment_size):
-        length = min(segment_size, total - start)
-        part = [leaf if leaf is None else leaf.narrow(dim, start, length) for leaf in leaves]
-        segments.append(tree_unflatten(part, spec))
-    return segments
+    spans = [(start, min(segment_size, total - start)) for start in range(0, total, segment_size)]
+    if isinstance(inputs, Tensor):
+        return [inputs.narrow(dim, *span) for span in spans]
+    parts = [[leaf if leaf is None else leaf.narrow(dim, *span) for leaf in leaves] for span in spans]
+    return [tree_unflatten(part, spec) for part in parts]
 
 
 def join(outputs: Sequence[Any], dim: int) -> Any:

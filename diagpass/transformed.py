@@ -86,8 +86,19 @@ def make_entry(model: nn.Module, session: Capturing) -> Callable[..., Any]:
     return torch.compile(own, backend=session.compile, fullgraph=True, dynamic=False)
 
 
-def call_entry(entry: Callable[..., Any], session: Capturing, args: tuple, kwargs: dict) -> Any:
+def call_entry(
+    entry: Callable[..., Any], session: Capturing, args: tuple, kwargs: dict, is_set: bool = False
+) -> Any:
     """Call, capturing if need be; Dynamo's errors become ours.
+
+    Parameters
+    ----------
+    entry, session
+        What is called, and what its captures have to know.
+    args, kwargs
+        The arguments of the call.
+    is_set
+        Whether Dynamo has the session's settings already (:func:`diagpass.capture.dynamo.settings`).
 
     Raises
     ------
@@ -101,7 +112,9 @@ def call_entry(entry: Callable[..., Any], session: Capturing, args: tuple, kwarg
     while True:
         try:
             # Dynamo skips frames under a dispatch mode: the modes wait and are back when the program runs.
-            with dynamo.settings(session.symbols), _disable_current_modes() as modes:
+            settings = contextlib.nullcontext() if is_set else dynamo.settings(session.symbols)
+            is_set = False  # a capture that is tried again has other symbols
+            with settings, _disable_current_modes() as modes:
                 session.modes = list(modes)
                 return entry(*args, **kwargs)
         except BackendCompilerFailed as error:
@@ -374,7 +387,8 @@ def with_signature(run: Callable[..., Any], forward: Callable[..., Any]) -> Call
 
 def call_key(model: nn.Module, args: tuple, kwargs: dict) -> tuple:
     """What a failed capture is remembered by."""
-    leaves = tree_leaves((args, kwargs))
+    plain = not kwargs and all(item is None or isinstance(item, torch.Tensor) for item in args)
+    leaves = args if plain else tree_leaves((args, kwargs))
     described = tuple(
         (tuple(leaf.shape), leaf.dtype, str(leaf.device))
         if isinstance(leaf, torch.Tensor)

@@ -62,7 +62,8 @@ def test_pages_compute_the_same(
     states: list[Any] = [None, None]
     for call in range(14):
         check(loop, fast, models.inputs(name, (9 * T, 7 * T - 1)[call % 2], seed=call), states, rtol)
-    assert {len(pages.pages) for pages in all_pages(fast)} == ({1} if segments > 9 else {5, 4})
+    counts = {len(pages.pages) for pages in all_pages(fast)}
+    assert counts == ({2} if segments > 9 else {5, 4}), counts  # a short one leads
     assert (counted["ahead"] > 0) == (name in AHEAD)
     assert not counted["vain"]
 

@@ -35,7 +35,7 @@ def test_a_segment_does_not_tell_how_many_there_are(shape: tuple[int, ...], segm
 
 def test_other_layouts_are_kept() -> None:
     x = torch.randn(4, 5, 6).transpose(0, 2)
-    assert sliced_dim(x) is None and fixed_layout(x, False) is x
+    assert sliced_dim(x.shape, x.stride()) is None and fixed_layout(x, False) is x
     y = torch.randn(3, 4)
     assert fixed_layout(y, False) is y and packed(y.shape) == y.stride()
 

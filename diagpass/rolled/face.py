@@ -247,19 +247,20 @@ class TransformedLoop(Transformed):
 
     def _follow(self, run: Following, segments: list[Any], kwargs: dict) -> Any:
         """Do what the score says, if Dynamo says that the call is the same; the outputs, joined."""
-        for segment in segments:
-            run.begin()
-            if run.repeats:
-                if not run.repeat.skip(segment):
-                    raise Changed("a segment does not repeat that did")
-            else:
-                run.repeat.settle(run)
-                result = self._ask(run, segment, kwargs)
-                run.agree(result)
-                run.repeat.saw(run, segment, result, run.carried.value)
-                del result  # a result that somebody holds at the end is to be filled
-            with as_captured():
-                run.perform()
+        with dynamo.settings(self._session.symbols):
+            for segment in segments:
+                run.begin()
+                if run.repeats:
+                    if not run.repeat.skip(segment):
+                        raise Changed("a segment does not repeat that did")
+                else:
+                    run.repeat.settle(run)
+                    result = self._ask(run, segment, kwargs, is_set=True)
+                    run.agree(result)
+                    run.saw(segment, result)
+                    del result  # a result that somebody holds at the end is to be filled
+                with as_captured():
+                    run.perform()
         joined, given = run.result(), run.given()
         run.finish()
         self._session.scores.was_followed(run.chosen(), given, run.kinds)
@@ -433,18 +434,21 @@ class TransformedLoop(Transformed):
                 run.advance()
             yield run.take()
 
-    def _ask(self, run: Run, segment: Any, kwargs: dict) -> Any:
-        """Send a segment through the step by way of Dynamo; what it returns, with the state passed on."""
+    def _ask(self, run: Run, segment: Any, kwargs: dict, is_set: bool = False) -> Any:
+        """Send a segment through the step by way of Dynamo; what it returns, with the state passed on.
+
+        ``is_set`` says that Dynamo has its settings already.
+        """
         loop, carried = self._original, run.carried
         args = (segment, carried.value) if loop.carries_state else (segment,)
         run.guard_inputs(segment)
         run.scope = {"model": loop.step, "args": args, "kwargs": kwargs}
-        result = self._step(run, args, kwargs)
+        result = self._step(run, args, kwargs, is_set)
         if loop.carries_state:
             result, carried.value = split_result(result, loop.step)
         return result
 
-    def _step(self, run: Run, args: tuple, kwargs: dict) -> Any:
+    def _step(self, run: Run, args: tuple, kwargs: dict, is_set: bool) -> Any:
         """One call of the step, recorded."""
         session = self._session
         config: Any = torch._dynamo.config
@@ -453,7 +457,7 @@ class TransformedLoop(Transformed):
         try:
             with contextlib.nullcontext() if learning else config.patch(error_on_recompile=True):
                 try:
-                    return call_entry(self._entry, session, args, kwargs)
+                    return call_entry(self._entry, session, args, kwargs, is_set)
                 except CaptureFailed as failed:
                     if self._warmed or run.segments or not dynamo.in_library(failed.__cause__):
                         raise

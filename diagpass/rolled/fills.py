@@ -7,6 +7,7 @@ the reset has run (:mod:`diagpass.rolled.pages`), if the reset is watched and do
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -69,15 +70,16 @@ class Fills(TorchFunctionMode):
 
     def __init__(self, weights: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self._weights = [(weight, weight._version) for weight in weights if not weight.is_inference()]
+        self._is_lost = any(map(Tensor.is_inference, weights))
+        self._weights = () if self._is_lost else weights
+        self._versions = list(map(_version, self._weights))
         self._fills: dict[int, Fill] = {}  # by the address of the memory, which is filled as a whole
         self._known: dict[int, _Known] = {}
         self._fresh: list[Tensor] = []
         self._written: set[int] = set()
-        self._is_lost = any(weight.is_inference() for weight in weights)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if not self._is_lost and func not in _READS:
             self._look(func, args, kwargs or {}, result)
         return result
@@ -125,8 +127,11 @@ class Fills(TorchFunctionMode):
     def wrote_only(self, tensors: Iterable[Tensor]) -> bool:
         """Whether no memory that was there before was written but that of these tensors."""
         known = {_memory(tensor) for tensor in (*tensors, *self._fresh)}
-        kept = all(weight._version == version for weight, version in self._weights)
+        kept = list(map(_version, self._weights)) == self._versions
         return kept and not self._is_lost and self._written <= known
+
+
+_version = operator.attrgetter("_version")
 
 
 def _memory(tensor: Tensor) -> int:

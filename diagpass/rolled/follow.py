@@ -8,6 +8,7 @@ of the call that was written down: the same behaviours, with inputs from the sam
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.layout import fixed_layout
 from diagpass.rolled.pages import Playing, new_results
 from diagpass.rolled.program import StepProgram
+from diagpass.rolled.repeat import WATCHED
 from diagpass.rolled.run import Run
 from diagpass.rolled.score import Label, Score, Sources
 from diagpass.rolled.values import Box
@@ -39,13 +41,22 @@ class Given:
     @functools.cached_property
     def segments(self) -> list[Any]:
         """The segments."""
-        lay_out = functools.partial(fixed_layout, own=False)
-        return [tree_map_only(torch.Tensor, lay_out, segment) for segment in self._segments]
+        return [_laid_out(segment) for segment in self._segments]
 
     @functools.cached_property
     def leaves(self) -> list[list[Any]]:
         """The leaves of each."""
-        return [tree_leaves(segment) for segment in self.segments]
+        return [
+            [segment] if isinstance(segment, torch.Tensor) else tree_leaves(segment)
+            for segment in self.segments
+        ]
+
+
+def _laid_out(segment: Any) -> Any:
+    lay_out = functools.partial(fixed_layout, own=False)
+    if isinstance(segment, torch.Tensor):
+        return lay_out(segment)
+    return tree_map_only(torch.Tensor, lay_out, segment)
 
 
 class Following(Run):
@@ -100,7 +111,23 @@ class Following(Run):
         if asked is None or program is not asked.program or found != asked.arguments:
             raise Changed(f"segment {self._segment} does something else, or reads from elsewhere")
         self._meet()
-        return super().step(program, args)
+        if asked.returns is None or self._written:
+            return super().step(program, args)
+        begin = time.perf_counter()
+        if self.undo is not None:
+            self.undo.note(program.step.effects, self.scope)
+        self._check_weights(program, args)
+        self._number += 1
+        results = asked.returns.make(args, self._stand_for)
+        self.last = program, args, results
+        self.seconds += time.perf_counter() - begin
+        return results
+
+    def _stand_for(self, token: torch.Tensor, label: Label) -> None:
+        """Say what a token stands for."""
+        key = id(token)
+        self._pending[key] = self._watch(token), self._placeholder(label)
+        self._tokens.add(key)
 
     def _meet(self) -> None:
         """Put tensors from outside that were met just now where actions read them."""
@@ -142,6 +169,8 @@ class Following(Run):
             self._memory[place] = made
 
     def _check_weights(self, program: StepProgram, args: Sequence[Any]) -> None:
+        if not self._written and self.kinds.are_known(program, args):
+            return  # and so none of them is a token
         cells = self.kinds.cells
         super()._check_weights(program, args)
         if self.kinds.cells is not cells:
@@ -170,6 +199,13 @@ class Following(Run):
         if not same:
             raise Changed(f"segment {self._segment} returns something else")
         self._meet()
+
+    def saw(self, segment: Any, result: Any) -> None:
+        """Look at a segment that was asked about, if it is one of those that later ones repeat."""
+        if any(self.chosen().repeats[self._segment : self._segment + WATCHED + 1]):
+            self.repeat.saw(self, segment, result, self.carried.value)
+        else:
+            self.repeat.missed()
 
     def perform(self) -> None:
         """Do what was done after the segment that was taken, and before the next."""

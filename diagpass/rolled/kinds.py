@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -196,6 +197,11 @@ class Kinds:
         self.device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         return known is not None
 
+    def are_known(self, program: StepProgram, args: Sequence[Any]) -> bool:
+        """Whether a program's weights among these inputs are those that we know."""
+        known = self._weights_of.get(program)
+        return known is not None and all(map(operator.is_, program.weights(args), known))
+
     def weight(self, node: fx.Node) -> Box:
         """What a program reads through a weight's placeholder; one box for a weight."""
         number = self._numbers[node]
@@ -230,7 +236,7 @@ class Kinds:
 
     def standing(self) -> Standing:
         """What the addresses in a wave depend on, beside the call."""
-        return Standing(self.cells, len(self.cells), self._stacked, [w.data_ptr() for w in self._objects])
+        return Standing(self.cells, len(self.cells), self._stacked, list(map(torch.Tensor.data_ptr, self._objects)))
 
     def replan(self) -> None:
         """Decide which weights are stacked; no weight is touched."""

@@ -8,6 +8,7 @@ two segments, whatever their number.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -32,16 +33,22 @@ def fixed_layout(x: torch.Tensor, own: bool) -> torch.Tensor:
     """
     if x.layout is not torch.strided:
         return x.clone() if own else x
-    if x.is_contiguous():
-        target = packed(x.shape)
-        if not own:  # dimensions of size 1 may have any stride
-            return x if x.stride() == target else x.as_strided(x.shape, target)
-    else:
-        dim = sliced_dim(x)
-        if dim is None:
-            return x.clone() if own else x
-        target = packed([*x.shape[:dim], 2 * x.shape[dim], *x.shape[dim + 1 :]])
+    is_contiguous = x.is_contiguous()
+    target = _target(x.shape, x.stride(), is_contiguous)
+    if target is None:
+        return x.clone() if own else x
+    if is_contiguous and not own:  # dimensions of size 1 may have any stride
+        return x if x.stride() == target else x.as_strided(x.shape, target)
     return torch.empty_strided(x.shape, target, dtype=x.dtype, device=x.device).copy_(x)
+
+
+@functools.lru_cache(maxsize=256)
+def _target(shape: Sequence[int], stride: Sequence[int], is_contiguous: bool) -> tuple[int, ...] | None:
+    """The strides of a fixed layout; None if such a tensor keeps its own."""
+    if is_contiguous:
+        return packed(shape)
+    dim = sliced_dim(shape, stride)
+    return None if dim is None else packed([*shape[:dim], 2 * shape[dim], *shape[dim + 1 :]])
 
 
 def packed(shape: Sequence[int]) -> tuple[int, ...]:
@@ -49,10 +56,9 @@ def packed(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def sliced_dim(x: torch.Tensor) -> int | None:
-    """The dimension along which ``x`` is a slice of a contiguous tensor, or None."""
-    shape, stride = x.shape, x.stride()
-    for dim in range(1, x.dim()):
+def sliced_dim(shape: Sequence[int], stride: Sequence[int]) -> int | None:
+    """The dimension along which such a tensor is a slice of a contiguous one, or None."""
+    for dim in range(1, len(shape)):
         outer = max((d for d in range(dim) if shape[d] > 1), default=None)
         if outer is None:
             continue

@@ -32,6 +32,7 @@ __all__ = ["Pages", "Playing", "new_results", "press"]
 log = logging.getLogger(__name__)
 
 SEGMENTS = 16  # of a page
+LEADING = 4  # waves of the first one, at most
 MOST_SEGMENTS = 256  # of a call that is pressed
 MOST_BYTES = 2**25  # that a call gives
 
@@ -297,8 +298,7 @@ def press(
         with torch.inference_mode(False), as_captured():
             pressing = _Pressing(score, given, recorder, buffers)
             pages, begin = Pages(score, pressing), 0
-            for segment in range(SEGMENTS, len(score.marks) + SEGMENTS, SEGMENTS):
-                stop = score.marks[min(segment, len(score.marks)) - 1]
+            for stop in _stops(score):
                 actions = score.actions[begin:stop]
                 pages.pages.append(Page(pressing, actions, pages.ready(actions)))
                 begin = stop
@@ -309,6 +309,20 @@ def press(
         return None
     log.debug("pressed a call of %d segments: %d pages", len(score.marks), len(pages.pages))
     return pages
+
+
+def _stops(score: Score) -> list[int]:
+    """Where pages end, as numbers of actions.
+
+    A device begins when all of a page has been handed to it. So the first one is short: while it is played,
+    the next is handed over. State is kept by the last page alone.
+    """
+    marks = len(score.marks)
+    stops = [score.marks[min(at, marks) - 1] for at in range(SEGMENTS, marks + SEGMENTS, SEGMENTS)]
+    waves = [at for at, action in enumerate(score.actions) if action.works]
+    kept = next((at for at, action in enumerate(score.actions) if action.keeps is not None), stops[-1])
+    first = min([kept, *(at for at in waves[LEADING : LEADING + 1])])
+    return [first, *stops] if 0 < first < stops[0] else stops
 
 
 def _check(score: Score, given: Mapping[int, torch.Tensor]) -> None:

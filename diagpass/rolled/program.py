@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import networkx as nx
@@ -112,6 +112,17 @@ class StepProgram:
     def moving(self) -> tuple[int, ...]:
         """Positions of the inputs that are not weights."""
         return tuple(at for at, is_weight in enumerate(self.step.weights) if not is_weight)
+
+    def weights(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The inputs that are weights."""
+        return self._pick_weights(args)
+
+    @functools.cached_property
+    def _pick_weights(self) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        places = [at for at, is_weight in enumerate(self.step.weights) if is_weight]
+        if len(places) < 2:  # of one an itemgetter makes no tuple
+            return lambda args: [args[at] for at in places]
+        return operator.itemgetter(*places)
 
     @functools.cached_property
     def idle(self) -> frozenset[int]:

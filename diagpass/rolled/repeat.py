@@ -28,7 +28,9 @@ from diagpass.capture.effects import resolve
 from diagpass.rolled.program import StepProgram
 from diagpass.rolled.values import Box
 
-__all__ = ["Origin", "Repeat"]
+__all__ = ["WATCHED", "Origin", "Repeat"]
+
+WATCHED = 3  # segments in a row that must be alike, with two transitions between them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,10 @@ class Repeat:
         self.recorded = 0
 
     # Watching.
+
+    def missed(self) -> None:
+        """Nobody looked at a segment: those before it are no longer the last ones."""
+        self._last = self._steady = None
 
     def saw(self, run: Any, segment: Any, result: Any, state: Any) -> None:
         """Look at a segment that was recorded by way of Dynamo.

@@ -33,6 +33,7 @@ from diagpass.pipeline import Refusal
 from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import Lump, StepCell, StepProgram, is_number
 from diagpass.rolled.repeat import Repeat
+from diagpass.rolled.returns import layout_of
 from diagpass.rolled.undo import Undo
 from diagpass.rolled.values import NOW, Box, aggregate, derived, read, union
 from diagpass.rolled.view import View
@@ -42,7 +43,6 @@ from diagpass.runtime.clock import clock_of_wave
 log = logging.getLogger(__name__)
 
 
-_LIKE = "diagpass_token"  # what a token of a node is like; asking a fake tensor takes longer
 RECORDED = 4096  # cells whose place and dependencies are kept for the report
 
 
@@ -63,6 +63,32 @@ class NotAWeight(Conflict):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(f"{', '.join(names)} replaced by the step itself")
         self.names = tuple(names)
+
+
+class _Watch(weakref.ref):
+    """A weak reference that knows its tensor's id."""
+
+    __slots__ = ("key",)
+
+    def __new__(cls, tensor: torch.Tensor, gone: Callable[[Any], None]) -> _Watch:
+        made = super().__new__(cls, tensor, gone)
+        made.key = id(tensor)
+        return made
+
+    def __init__(self, tensor: torch.Tensor, gone: Callable[[Any], None]) -> None:
+        super().__init__(tensor, gone)
+
+
+def _forgetting(run: Run) -> Callable[[_Watch], None]:
+    """What forgets tensors that are gone. It does not hold the run, which is freed as soon as it may be."""
+    alive = weakref.ref(run)
+
+    def gone(reference: _Watch) -> None:
+        run = alive()
+        if run is not None:
+            run._forget(reference.key)
+
+    return gone
 
 
 class Run:
@@ -111,6 +137,7 @@ class Run:
         self.last: tuple[StepProgram, Sequence[Any], list[Any]] | None = None
         self._waiting: deque[tuple[Any, int, list[tuple[torch.Tensor, Box]]]] = deque()
         self._complete: list[Any] = []
+        self._gone = _forgetting(self)
 
     # Recording.
 
@@ -332,12 +359,7 @@ class Run:
 
     def new_token(self, node: fx.Node) -> torch.Tensor:
         """A tensor like the one that a node stands for, with no contents yet."""
-        like = node.meta.get(_LIKE)
-        if like is None:
-            example = node.meta["val"]
-            sizes, strides = map(int, example.shape), map(int, example.stride())
-            like = node.meta[_LIKE] = (tuple(sizes), tuple(strides)), (example.dtype, example.device)
-        (sizes, strides), (dtype, device) = like
+        (sizes, strides), (dtype, device) = layout_of(node)
         return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
 
     def waiting_box(self, tensor: torch.Tensor) -> Box | None:
@@ -385,18 +407,8 @@ class Run:
         self._pending[id(tensor)] = (self._watch(tensor), box)
 
     def _watch(self, tensor: torch.Tensor) -> weakref.ref:
-        """A reference that forgets all about the tensor when it is gone: another may get its id.
-
-        It does not hold the run: what a run holds is freed as soon as the run is.
-        """
-        key, run = id(tensor), weakref.ref(self)
-
-        def gone(_: Any) -> None:
-            alive = run()
-            if alive is not None:
-                alive._forget(key)
-
-        return weakref.ref(tensor, gone)
+        """A reference that forgets all about the tensor when it is gone: another may get its id."""
+        return _Watch(tensor, self._gone)
 
     def _forget(self, key: int) -> None:
         self._pending.pop(key, None)

@@ -12,6 +12,7 @@ follows one, :mod:`diagpass.rolled.pages` plays many waves of one as a single la
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from diagpass.rolled.kinds import Kinds, Standing
 from diagpass.rolled.program import StepProgram
+from diagpass.rolled.returns import Returns, plan_returns
 from diagpass.rolled.run import Run
 from diagpass.rolled.values import Box, Row
 from diagpass.rolled.waves import WaveWork
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 Label = tuple[Hashable, ...]
 UNKNOWN: Label = ("unknown",)
+_COUNTER: Label = ("counter",)
 FACTS = (
     "segments",
     "cells",
@@ -68,7 +71,8 @@ class Sources:
 
     def arguments(self, run: Run, program: StepProgram, args: Sequence[Any]) -> list[Label]:
         """The names of what a step is given, weights aside."""
-        return [("counter",) if at in program.idle else self.of(run, args[at]) for at in program.moving]
+        idle = program.idle
+        return [_COUNTER if at in idle else self.of(run, args[at]) for at in program.moving]
 
     def of(self, run: Run, value: Any) -> Label:
         """The name of what a value is."""
@@ -94,6 +98,11 @@ class Asked:
     arguments: list[Label]
     labels: dict[fx.Node, Label] = dataclasses.field(default_factory=dict)
     leaves: list[Label | None] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def returns(self) -> Returns | None:
+        """What it returns where nothing has to be recorded for it; see :mod:`diagpass.rolled.returns`."""
+        return plan_returns(self.program, self.labels)
 
 
 @dataclasses.dataclass(frozen=True)

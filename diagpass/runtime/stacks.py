@@ -94,9 +94,7 @@ def _aligned(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 def _current(held: _Held, weights: Sequence[torch.Tensor]) -> bool:
     """Whether the stack still holds the weights' values."""
     if held.shared:
-        return all(
-            weight.data_ptr() == pointer for weight, pointer in zip(weights, held.pointers, strict=True)
-        )
+        return tuple(map(torch.Tensor.data_ptr, weights)) == held.pointers
     return all(
         row.dtype == weight.dtype and row.device == weight.device and torch.equal(row, weight)
         for row, weight in zip(held.tensor, weights, strict=True)
