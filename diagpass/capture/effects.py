@@ -116,7 +116,7 @@ def changed_by(found: Effects, scope: Mapping[str, Any]) -> list[Any] | None:
     if found.owners is None:
         return None
     try:
-        return [resolve(name, scope) for name in found.owners]
+        return list(resolve(f"({''.join(f'{name}, ' for name in found.owners)})", scope))
     except LookupError:
         return None
 

@@ -6,10 +6,9 @@ the reset has run (:mod:`diagpass.rolled.pages`), if the reset is watched and do
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +16,30 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["Fill", "Fills"]
 
-_CONSTANT: dict[Any, int] = {
-    torch.zeros: 0,
-    torch.zeros_like: 0,
-    Tensor.new_zeros: 0,
-    torch.ones: 1,
-    torch.ones_like: 1,
-    Tensor.new_ones: 1,
+
+class Fill(NamedTuple):
+    """One number, everywhere in a tensor; ``text`` tells zeros of either sign apart."""
+
+    value: float
+    text: str
+
+
+class _Known(NamedTuple):
+    """A tensor (alive: its id and its memory are its own) as it was when it was filled."""
+
+    tensor: Tensor
+    memory: int
+    version: int
+
+
+_ZERO, _ONE = Fill(0, "0"), Fill(1, "1")
+_CONSTANT: dict[Any, Fill] = {
+    torch.zeros: _ZERO,
+    torch.zeros_like: _ZERO,
+    Tensor.new_zeros: _ZERO,
+    torch.ones: _ONE,
+    torch.ones_like: _ONE,
+    Tensor.new_ones: _ONE,
 }
 _NUMBER_AT: dict[Any, int] = {torch.full: 1, torch.full_like: 1, Tensor.new_full: 2}
 _EMPTY: Sequence[Any] = (torch.empty, torch.empty_like, Tensor.new_empty, torch.empty_strided)
@@ -37,22 +53,6 @@ _READS: frozenset[Any] = frozenset(
         *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point),
     )
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Fill:
-    """One number, everywhere in a tensor."""
-
-    value: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    """A tensor (alive: its id and its memory are its own) as it was when it was filled."""
-
-    tensor: Tensor
-    memory: int
-    version: int
 
 
 class Fills(TorchFunctionMode):
@@ -88,29 +88,29 @@ class Fills(TorchFunctionMode):
         if kwargs.get("out") is not None:
             self._lose()
         elif func in _WRITES and len(args) == _WRITES[func]:
-            self._holds(args[0], args[1] if func is Tensor.fill_ else 0)
+            self._holds(args[0], _fill(args[1]) if func is Tensor.fill_ else _ZERO)
             self._written.add(_memory(args[0]))
         elif func in _CONSTANT:
             self._fresh.append(result)
             self._holds(result, _CONSTANT[func])
         elif func in _NUMBER_AT and len(args) > _NUMBER_AT[func]:
             self._fresh.append(result)
-            self._holds(result, args[_NUMBER_AT[func]])
+            self._holds(result, _fill(args[_NUMBER_AT[func]]))
         elif func in _EMPTY:
             self._fresh.append(result)
         else:
             self._lose()
 
-    def _holds(self, tensor: Any, value: Any) -> None:
-        if type(tensor) is not Tensor or type(value) not in (bool, int, float) or tensor.is_inference():
+    def _holds(self, tensor: Any, fill: Fill | None) -> None:
+        if type(tensor) is not Tensor or fill is None or tensor.is_inference():
             self._lose()
             return
-        whole = tensor.numel() * tensor.element_size()
-        if not 0 < whole == tensor.untyped_storage().nbytes():
+        storage = tensor.untyped_storage()
+        if not 0 < tensor.nbytes == storage.nbytes():
             self._lose()
             return
-        memory = _memory(tensor)
-        self._fills[memory] = Fill(value)
+        memory = storage.data_ptr()
+        self._fills[memory] = fill
         self._known[id(tensor)] = _Known(tensor, memory, tensor._version)
 
     def _lose(self) -> None:
@@ -132,6 +132,10 @@ class Fills(TorchFunctionMode):
 
 
 _version = operator.attrgetter("_version")
+
+
+def _fill(value: Any) -> Fill | None:
+    return Fill(value, repr(value)) if type(value) in (bool, int, float) else None
 
 
 def _memory(tensor: Tensor) -> int:

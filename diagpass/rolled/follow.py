@@ -22,7 +22,7 @@ from diagpass.rolled.pages import Playing, new_results
 from diagpass.rolled.program import StepProgram
 from diagpass.rolled.repeat import WATCHED
 from diagpass.rolled.run import Run
-from diagpass.rolled.score import Label, Score, Sources
+from diagpass.rolled.score import Asked, Label, Score, Sources
 from diagpass.rolled.values import Box
 
 __all__ = ["Changed", "Following", "Given"]
@@ -103,12 +103,11 @@ class Following(Run):
 
     def step(self, program: StepProgram, args: Sequence[Any]) -> list[Any]:
         """Compare one segment with the score; see :meth:`Run.step`."""
-        found = self._sources.arguments(self, program, args)
         if self.score is None:
-            self._choose(program, found)
+            self._choose(program, self._sources.arguments(self, program, args))
         score = self.chosen()
         asked = score.asked[self._number] if self._number < len(score.asked) else None
-        if asked is None or program is not asked.program or found != asked.arguments:
+        if asked is None or program is not asked.program or not self._reads_the_same(asked, args):
             raise Changed(f"segment {self._segment} does something else, or reads from elsewhere")
         self._meet()
         if asked.returns is None or self._written:
@@ -118,16 +117,26 @@ class Following(Run):
             self.undo.note(program.step.effects, self.scope)
         self._check_weights(program, args)
         self._number += 1
-        results = asked.returns.make(args, self._stand_for)
+        results, tokens = asked.returns.make(args)
+        for token, box in tokens:
+            key = id(token)
+            self._pending[key] = self._watch(token), box
+            self._tokens.add(key)
         self.last = program, args, results
         self.seconds += time.perf_counter() - begin
         return results
 
-    def _stand_for(self, token: torch.Tensor, label: Label) -> None:
-        """Say what a token stands for."""
-        key = id(token)
-        self._pending[key] = self._watch(token), self._placeholder(label)
-        self._tokens.add(key)
+    def _reads_the_same(self, asked: Asked, args: Sequence[Any]) -> bool:
+        """Whether a segment's inputs, weights and counters aside, come from where the score says."""
+        for at, label in asked.told:
+            value = args[at]
+            found = self._pending.get(id(value)) if isinstance(value, torch.Tensor) else None
+            if found is not None and found[0]() is value:
+                if found[1].label != label:
+                    return False
+            elif self._sources.of(self, value) != label:
+                return False
+        return True
 
     def _meet(self) -> None:
         """Put tensors from outside that were met just now where actions read them."""

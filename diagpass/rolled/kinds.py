@@ -141,6 +141,7 @@ class Kinds:
         self._constants: dict[tuple, torch.Tensor] = {}
         self._width: int | None = None
         self._slices: dict[tuple, Fixed] = {}
+        self._pointers: list[int] = []
 
     # Programs and their weights.
 
@@ -216,6 +217,9 @@ class Kinds:
 
     def refresh(self) -> None:
         """Bring plan and stacks up to date with the weights' values, before waves run."""
+        known = self._stacks if self._plan is not None else None
+        if known is not None and known.follow_weights and self._where() == self._pointers:
+            return
         self.replan()
         assert self._stacks is not None
         found = self._stacks(self._objects)
@@ -225,6 +229,11 @@ class Kinds:
             self._stacked = found
             self._slices, self._groups = {}, {}
         self._plans = {}  # a weight that is in no stack may have moved
+        self._pointers = self._where()  # stacking moves weights, too
+
+    def _where(self) -> list[int]:
+        """Where the weights lie."""
+        return list(map(torch.Tensor.data_ptr, self._objects))
 
     def numbered(self) -> tuple[dict[fx.Node, int], list[torch.Tensor]]:
         """The number of the weight behind each placeholder, and the weights."""
@@ -236,7 +245,7 @@ class Kinds:
 
     def standing(self) -> Standing:
         """What the addresses in a wave depend on, beside the call."""
-        return Standing(self.cells, len(self.cells), self._stacked, list(map(torch.Tensor.data_ptr, self._objects)))
+        return Standing(self.cells, len(self.cells), self._stacked, self._where())
 
     def replan(self) -> None:
         """Decide which weights are stacked; no weight is touched."""

@@ -6,13 +6,15 @@ results follow from the program alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
 
 from diagpass.rolled.program import StepProgram, is_number
+from diagpass.rolled.values import Box
 
 __all__ = ["Returns", "Token", "layout_of", "plan_returns"]
 
@@ -20,43 +22,30 @@ _LIKE = "diagpass_token"  # what a token of a node is like; asking a fake tensor
 _Number = Callable[[Sequence[Any]], Any]
 
 
-class Token:
-    """How to make one tensor with no contents yet, and the name of what it stands for."""
+class Token(NamedTuple):
+    """A tensor with no contents yet: how to make it, and what it stands for."""
 
-    __slots__ = ("_device", "_dtype", "_layout", "label")
-
-    def __init__(self, node: fx.Node, label: Hashable) -> None:
-        self._layout, (self._dtype, self._device) = layout_of(node)
-        self.label = label
-
-    def make(self) -> torch.Tensor:
-        """The tensor."""
-        return torch.empty_strided(*self._layout, dtype=self._dtype, device=self._device)
+    make: Callable[[], torch.Tensor]
+    box: Box
 
 
-class Returns:
-    """Per returned value of a program, how it is made.
+class Returns(NamedTuple):
+    """Per returned value of a program, how it is made: a :class:`Token`, or a function of its inputs."""
 
-    Attributes
-    ----------
-    entries
-        A :class:`Token`, or a function of the program's inputs.
-    """
+    entries: tuple[Token | _Number, ...]
 
-    def __init__(self, entries: Sequence[Token | _Number]) -> None:
-        self.entries = tuple(entries)
-
-    def make(self, args: Sequence[Any], stand_for: Callable[[torch.Tensor, Any], None]) -> list[Any]:
-        """The values for these inputs; ``stand_for`` is told of each token and its label."""
+    def make(self, args: Sequence[Any]) -> tuple[list[Any], list[tuple[torch.Tensor, Box]]]:
+        """The values for these inputs; the tokens among them, with what they stand for."""
         found: list[Any] = []
+        tokens: list[tuple[torch.Tensor, Box]] = []
         for entry in self.entries:
-            if isinstance(entry, Token):
+            if type(entry) is Token:
                 token = entry.make()
-                stand_for(token, entry.label)
+                tokens.append((token, entry.box))
                 found.append(token)
             else:
-                found.append(entry(args))
-        return found
+                found.append(entry(args))  # type: ignore[operator]
+        return found, tokens
 
 
 def layout_of(node: fx.Node) -> tuple[tuple[Any, Any], tuple[torch.dtype, torch.device]]:
@@ -69,7 +58,7 @@ def layout_of(node: fx.Node) -> tuple[tuple[Any, Any], tuple[torch.dtype, torch.
     return like
 
 
-def plan_returns(program: StepProgram, labels: Mapping[fx.Node, Hashable]) -> Returns | None:
+def plan_returns(program: StepProgram, labels: Mapping[fx.Node, tuple[Hashable, ...]]) -> Returns | None:
     """How a program's results follow from its inputs.
 
     Parameters
@@ -96,13 +85,20 @@ def plan_returns(program: StepProgram, labels: Mapping[fx.Node, Hashable]) -> Re
         elif not isinstance(out.node, fx.Node):
             entries.append(_always(out.node))
         elif out.node in labels:
-            entries.append(Token(out.node, labels[out.node]))
+            entries.append(_token(out.node, labels[out.node]))
         else:
             number = _number(program, out.node)
             if number is None:
                 return None
             entries.append(number)
-    return Returns(entries)
+    return Returns(tuple(entries))
+
+
+def _token(node: fx.Node, label: tuple[Hashable, ...]) -> Token:
+    layout, (dtype, device) = layout_of(node)
+    box = Box()
+    box.label = label
+    return Token(functools.partial(torch.empty_strided, *layout, dtype=dtype, device=device), box)
 
 
 def _taken(at: int) -> _Number:

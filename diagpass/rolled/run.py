@@ -70,13 +70,7 @@ class _Watch(weakref.ref):
 
     __slots__ = ("key",)
 
-    def __new__(cls, tensor: torch.Tensor, gone: Callable[[Any], None]) -> _Watch:
-        made = super().__new__(cls, tensor, gone)
-        made.key = id(tensor)
-        return made
-
-    def __init__(self, tensor: torch.Tensor, gone: Callable[[Any], None]) -> None:
-        super().__init__(tensor, gone)
+    key: int
 
 
 def _forgetting(run: Run) -> Callable[[_Watch], None]:
@@ -408,14 +402,17 @@ class Run:
 
     def _watch(self, tensor: torch.Tensor) -> weakref.ref:
         """A reference that forgets all about the tensor when it is gone: another may get its id."""
-        return _Watch(tensor, self._gone)
+        found = _Watch(tensor, self._gone)
+        found.key = id(tensor)
+        return found
 
     def _forget(self, key: int) -> None:
         self._pending.pop(key, None)
         self._tokens.discard(key)
-        self._rewritten.discard(key)
-        self._handed_out.pop(key, None)
-        self._families.pop(key, None)
+        if self._rewritten or self._handed_out or self._families:
+            self._rewritten.discard(key)
+            self._handed_out.pop(key, None)
+            self._families.pop(key, None)
 
     def _check_write(self, name: str, tensor: torch.Tensor) -> None:
         """Refuse a write in place that others would have to see."""

@@ -100,6 +100,12 @@ class Asked:
     leaves: list[Label | None] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
+    def told(self) -> list[tuple[int, Label]]:
+        """The inputs whose names say something, counters aside, with these."""
+        pairs = zip(self.program.moving, self.arguments, strict=True)
+        return [(at, label) for at, label in pairs if at not in self.program.idle]
+
+    @functools.cached_property
     def returns(self) -> Returns | None:
         """What it returns where nothing has to be recorded for it; see :mod:`diagpass.rolled.returns`."""
         return plan_returns(self.program, self.labels)

@@ -64,6 +64,11 @@ class WeightStacks:
             found.append(held.tensor)
         return found
 
+    @property
+    def follow_weights(self) -> bool:
+        """Whether the stacks are their weights' memory, so that they hold what these do."""
+        return all(held is not None and held.shared for held in self._held)
+
     def _stack(self, weights: list[torch.Tensor], share: bool) -> _Held:
         if share and all(_shareable(weight) for weight in weights):
             stack = _existing(weights)
