@@ -52,6 +52,9 @@ def _load(path: Path) -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+HEADS = ("none", "all", "last")
+
+
 @app.command()
 def run(
     preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS))] = "1B",
@@ -59,7 +62,9 @@ def run(
     tokens: Annotated[str, typer.Option(help="Lengths, with commas between")] = "8192,32768,131072",
     out: Annotated[Path, typer.Option(help="The file of rows to add to")] = Path("results.json"),
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
-    head: Annotated[bool, typer.Option(help="With the real head, all logits")] = False,
+    head: Annotated[
+        str, typer.Option(help="none, all (logits of all positions) or last (of a segment's last one)")
+    ] = "none",
     baselines: Annotated[str, typer.Option(help="Which baselines to run")] = "strongest,full,eager",
     budget: Annotated[float, typer.Option(help="Seconds of timing for a length")] = 5.0,
     form: Annotated[str, typer.Option(help="The option form of diagpass.transform")] = "auto",
@@ -71,6 +76,8 @@ def run(
     """Measure one shard."""
     if not workspace:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":0:0"
+    if head not in HEADS:
+        raise typer.BadParameter(f"{head!r} is none of {', '.join(HEADS)}", param_hint="--head")
     wanted = set(baselines.split(","))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = PRESETS[preset]
@@ -79,24 +86,27 @@ def run(
         (*(row[key] for key in ("preset", "segment", "tokens", "head", "device")), row.get("workspace", True))
         for row in rows
     }
+    said = False if head == "none" else head
     lengths = [int(part) for part in tokens.split(",")]
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     name += f", {note}" if note else ""
-    lengths = [length for length in lengths if (preset, segment, length, head, name, workspace) not in done]
+    lengths = [length for length in lengths if (preset, segment, length, said, name, workspace) not in done]
     if not lengths:
         return
     torch.set_grad_enabled(False)
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    cell = make_cell(shape, segment, device, dtype, head)
+    cell = make_cell(shape, segment, device, dtype, head != "none")
+    kept = {"logits_to_keep": 1 + shape.memory_tokens} if head == "last" else {}
     model_bytes = sum(p.numel() * p.element_size() for p in cell.parameters())
     loop = diagpass.SegmentLoop(cell, segment, reset="zero_mem")
-    fast = diagpass.transform(loop, options={"form": form})
+    transformed = diagpass.transform(loop, options={"form": form})
+    fast = functools.partial(transformed, **kept)
     ids = make_ids(shape, lengths[-1], device)
     cold = seconds(lambda: fast(ids), device)
     fast(ids)
     static = _static(before, device)
-    strongest = StrongestSequential(cell, segment) if "strongest" in wanted else None
-    step = compiled_step(cell, segment) if "compiled" in wanted else None
+    strongest = StrongestSequential(cell, segment, **kept) if "strongest" in wanted else None
+    step = compiled_step(cell, segment, **kept) if "compiled" in wanted else None
     rate = matmul_rate(device, dtype)
     machine = dataclasses.replace(
         diagpass.measure_machine(device, [dtype]), matmul={str(dtype).removeprefix("torch."): rate}
@@ -104,7 +114,7 @@ def run(
     for length in lengths:
         sides = Sides(
             fast,
-            loop if "eager" in wanted and length <= 64 * segment else None,
+            functools.partial(loop, **kept) if "eager" in wanted and length <= 64 * segment else None,
             strongest,
             step,
             "wanted" if "full" in wanted and (device == "cuda" or length <= 8192) else None,
@@ -116,17 +126,17 @@ def run(
             "preset": preset,
             "segment": segment,
             "tokens": length,
-            "head": head,
+            "head": said,
             "device": name,
             "torch": torch.__version__,
-            "ran": fast.report.ran,
+            "ran": transformed.report.ran,
             "workspace": workspace,
-            "forms": sorted({f"{fact['width']}: {fact['form']}" for fact in fast.report.forms}),
+            "forms": sorted({f"{fact['width']}: {fact['form']}" for fact in transformed.report.forms}),
             "threads": torch.get_num_threads() if device == "cpu" else 0,
             **row,
             "matmul_flops": rate,
             "machine": dataclasses.asdict(machine),
-            "estimate_ms": {name: 1e3 * took for name, took in fast.report.estimate(machine).items()},
+            "estimate_ms": {name: 1e3 * took for name, took in transformed.report.estimate(machine).items()},
             "limit_ms": 1e3 * flops(shape, segment, length, head) / rate,
             "model_bytes": model_bytes,
             "static_bytes": static,
@@ -145,7 +155,7 @@ class Sides:
     """What is measured against what; a baseline that is None is left out."""
 
     fast: Any
-    loop: diagpass.SegmentLoop | None
+    loop: Any
     strongest: StrongestSequential | None
     compiled: Any
     full: Any = None
@@ -157,19 +167,28 @@ class Sides:
         return {name: functools.partial(side, ids) for name, side in sides.items() if side is not None}
 
 
-def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: bool, budget: float) -> dict[str, Any]:
+def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: str, budget: float) -> dict[str, Any]:
     """One length: times of all sides, memory, and the difference to the strongest sequential run."""
     device, length = ids.device.type, ids.shape[1]
     fast = functools.partial(sides.fast, ids)
     new = seconds(fast, device)
     if sides.full == "wanted":
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        sides.full = FullAttention(make_llama(shape, length, device, dtype, head), ids)
+        sides.full = FullAttention(
+            make_llama(shape, length, device, dtype, head != "none"), ids, last=head == "last"
+        )
     calls = sides.calls(ids)
     for call in calls.values():
         call()
         call()
-    measured = milliseconds(calls, device, budget, most=15 if device == "cuda" else 60)
+    measured = milliseconds(
+        {name: call for name, call in calls.items() if name != "eager"},
+        device,
+        budget,
+        most=15 if device == "cuda" else 60,
+    )
+    if "eager" in calls:  # apart: in turn with the others it would let the device cool down for one of them
+        measured |= milliseconds({"eager": calls["eager"]}, device, budget, most=5)
     times, best = medians(measured), {name: min(found) for name, found in measured.items()}
     own, own_best = times.pop("wavefront"), best.pop("wavefront")
     errors = {}
@@ -237,29 +256,42 @@ def estimates(
 def breakdown(
     preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS))] = "1B",
     segment: Annotated[int, typer.Option(help="Tokens of a segment")] = 1024,
-    segments: Annotated[int, typer.Option(help="How many")] = 32,
-    top: Annotated[int, typer.Option(help="Kernels to show")] = 20,
+    segments: Annotated[int, typer.Option(help="Of the shorter call")] = 32,
+    more: Annotated[int, typer.Option(help="How many the longer call has more")] = 16,
+    top: Annotated[int, typer.Option(help="Kernels to show")] = 30,
 ) -> None:
-    """Say which kernels take the time of a wave of the steady state, and how long the device waits."""
-    from torch.profiler import ProfilerActivity, profile
+    """Say which kernels take the time of a wave of the steady state, and how long the device waits.
 
+    Each segment more makes a call longer by one full wave: what a longer call has more is divided by that.
+    """
     torch.set_grad_enabled(False)
     shape = PRESETS[preset]
     cell = make_cell(shape, segment, "cuda", torch.bfloat16)
     fast = diagpass.transform(diagpass.SegmentLoop(cell, segment, reset="zero_mem"))
-    ids = make_ids(shape, segments * segment, "cuda")
-    for _ in range(4):
+    both = [make_ids(shape, count * segment, "cuda") for count in (segments, segments + more)]
+    for ids in (*both, *both, *both, *both):
         fast(ids)
-    whole = seconds(lambda: fast(ids), "cuda")
+    calls = {str(at): functools.partial(fast, ids) for at, ids in enumerate(both)}
+    short, long = medians(milliseconds(calls, "cuda")).values()
+    before, after = (_kernels(call) for call in calls.values())
+    times = {name: (after[name][0] - before.get(name, (0, 0))[0]) / more for name in after}
+    counts = {name: (after[name][1] - before.get(name, (0, 0))[1]) / more for name in after}
+    wave, busy = 1e3 * (long - short) / more, sum(times.values())
+    typer.echo(f"a wave of the steady state: {wave:.0f} us, its kernels one after the other {busy:.0f} us")
+    for name in sorted(times, key=times.__getitem__, reverse=True)[:top]:
+        typer.echo(
+            f"{times[name]:9.1f} us {100 * times[name] / busy:5.1f} % {counts[name]:6.1f} x {name[:90]}"
+        )
+
+
+def _kernels(call: Callable[[], Any]) -> dict[str, tuple[float, int]]:
+    """Microseconds and count of each kernel of a call."""
+    from torch.profiler import ProfilerActivity, profile
+
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        fast(ids)
+        call()
         torch.cuda.synchronize()
-    kernels = sorted(found.key_averages(), key=lambda item: -item.device_time_total)
-    busy = sum(item.device_time_total for item in kernels) / 1e3
-    typer.echo(f"{segments} segments: {whole * 1e3:.2f} ms, kernels {busy:.2f} ms")
-    for item in kernels[:top]:
-        share = item.device_time_total / 1e3
-        typer.echo(f"{share:9.3f} ms {100 * share / busy:5.1f} % {item.count:6d} x {item.key[:90]}")
+    return {item.key: (item.device_time_total, item.count) for item in found.key_averages()}
 
 
 if __name__ == "__main__":

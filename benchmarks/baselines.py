@@ -67,9 +67,11 @@ class StrongestSequential:
         The memory cell; its weights are used, its state is not.
     segment_size
         Tokens of a segment; the input is a multiple of it.
+    logits_to_keep
+        Of how many positions, memory tokens among them, the head is computed; 0 for all.
     """
 
-    def __init__(self, cell: AssociativeMemoryCell, segment_size: int) -> None:
+    def __init__(self, cell: AssociativeMemoryCell, segment_size: int, logits_to_keep: int = 0) -> None:
         self.segment_size = segment_size
         device = cell.memory.device
         self.ids = torch.zeros(1, segment_size, dtype=torch.long, device=device)
@@ -105,7 +107,8 @@ class StrongestSequential:
             return torch.cat([llama.get_input_embeddings()(ids), cell.memory.repeat(1, 1, 1)], dim=1)
 
         def after(hidden: torch.Tensor) -> torch.Tensor:
-            return llama.lm_head(llama.model.norm(hidden))[:, : -cell.num_mem_tokens]
+            kept = hidden[:, -logits_to_keep:]  # -0 begins at the beginning
+            return llama.lm_head(llama.model.norm(kept))[:, : -cell.num_mem_tokens]
 
         before, after = compiled(before, [self.ids]), compiled(after, [hidden])
 
@@ -124,14 +127,15 @@ class StrongestSequential:
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Token numbers [1, N] -> outputs [1, N, ...]."""
         with torch.no_grad():
-            shape = (1, ids.shape[1], *self.out[True].shape[2:])
-            result = torch.empty(shape, dtype=self.out[True].dtype, device=ids.device)
-            for start in range(0, ids.shape[1], self.segment_size):
-                self.ids.copy_(ids[:, start : start + self.segment_size])
-                found = self.run[start == 0]()
-                result[:, start : start + self.segment_size].copy_(
-                    self.out[start == 0] if found is None else found
-                )
+            _, length, *rest = self.out[True].shape
+            count = ids.shape[1] // self.segment_size
+            result = torch.empty(1, count * length, *rest, dtype=self.out[True].dtype, device=ids.device)
+            for at, (part, kept) in enumerate(
+                zip(ids.split(self.segment_size, 1), result.split(length, 1), strict=True)
+            ):
+                self.ids.copy_(part)
+                found = self.run[at == 0]()
+                kept.copy_(self.out[at == 0] if found is None else found)
             return result
 
 
@@ -161,9 +165,11 @@ class FullAttention:
         A Hugging Face causal LM.
     ids
         Token numbers [1, N]; compiled for their number.
+    last
+        Whether the head is computed for the last position alone.
     """
 
-    def __init__(self, llama: Any, ids: torch.Tensor) -> None:
+    def __init__(self, llama: Any, ids: torch.Tensor, last: bool = False) -> None:
         layers = list(llama.model.layers)
         hidden = llama.get_input_embeddings()(ids).detach()
         with torch.no_grad():
@@ -178,7 +184,11 @@ class FullAttention:
 
         self.rotary = rotary
         self.layer = compiled(layer, [*function.weights[0], hidden, *rotary])
-        self.weights, self.llama = function.weights, llama
+        self.weights, self.llama, self.kept = (
+            function.weights,
+            llama,
+            slice(-1, None) if last else slice(None),
+        )
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Token numbers [1, N] -> outputs [1, N, ...]."""
@@ -186,11 +196,13 @@ class FullAttention:
             hidden = self.llama.get_input_embeddings()(ids)
             for weights in self.weights:
                 hidden = self.layer(*weights, hidden, *self.rotary)
-            return self.llama.lm_head(self.llama.model.norm(hidden))
+            return self.llama.lm_head(self.llama.model.norm(hidden[:, self.kept]))
 
 
-def compiled_step(cell: AssociativeMemoryCell, segment_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The loop with its step under ``torch.compile``, as a user would write it.
+def compiled_step(
+    cell: AssociativeMemoryCell, segment_size: int, **kwargs: Any
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The loop with its step under ``torch.compile``, as a user would write it; the step gets ``kwargs``.
 
     The counter of each layer would make Dynamo compile anew at every segment; it is told not to.
     """
@@ -203,7 +215,7 @@ def compiled_step(cell: AssociativeMemoryCell, segment_size: int) -> Callable[[t
     def run(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             cell.zero_mem()
-            outs = [step(part)["logits"] for part in ids.split(segment_size, dim=1)]
+            outs = [step(part, **kwargs)["logits"] for part in ids.split(segment_size, dim=1)]
             return torch.cat(outs, dim=1)
 
     return run

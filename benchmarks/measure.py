@@ -30,6 +30,8 @@ def milliseconds(
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of each side, from rounds in which the sides take turns.
 
+    Every other round goes backwards: what a call finds, a hot device say, is what the one before it left.
+
     Parameters
     ----------
     sides
@@ -42,7 +44,7 @@ def milliseconds(
     times: dict[str, list[float]] = {name: [] for name in sides}
     begin = time.perf_counter()
     for number in range(most):
-        for name, call in sides.items():
+        for name, call in list(sides.items())[:: -1 if number % 2 else 1]:
             times[name].append(1e3 * seconds(call, device))
         if number >= 2 and time.perf_counter() - begin > budget:
             break

@@ -91,10 +91,11 @@ def make_ids(preset: Preset, tokens: int, device: str, seed: int = 1) -> torch.T
     return torch.randint(preset.vocab, (1, tokens), generator=generator).to(device)
 
 
-def flops(preset: Preset, segment_size: int, tokens: int, head: bool = False) -> float:
+def flops(preset: Preset, segment_size: int, tokens: int, head: str = "none") -> float:
     """Matrix and attention operations of the model over all segments.
 
-    Causal attention counts half of its square; memory tokens are included.
+    Causal attention counts half of its square; memory tokens are included. ``head`` is ``"none"``, ``"all"``
+    or ``"last"``: of no position, of all, or of the last one of each segment.
     """
     per_token = (
         2
@@ -113,6 +114,6 @@ def flops(preset: Preset, segment_size: int, tokens: int, head: bool = False) ->
         read = 2 * length * (preset.d_model * preset.d_mem + keys * preset.d_model)
         write = 2 * preset.memory_tokens * preset.d_model * (preset.d_mem + preset.d_model + 2 * keys)
         total += preset.layers * (length * per_token + attention + (read if start else 0) + write)
-        if head:
-            total += 2 * (length - preset.memory_tokens) * preset.d_model * preset.vocab
+        positions = {"none": 0, "all": length - preset.memory_tokens, "last": 1}[head]
+        total += 2 * positions * preset.d_model * preset.vocab
     return total

@@ -18,7 +18,7 @@ def _cells(row: dict) -> list[str]:
         return f"{row['ratios'][name]:.2f}x" if name in row["ratios"] else ""
 
     return [
-        row["case"] + (", head" if row["head"] else ""),
+        row["case"] + (f", head: {row['head']}" if row["head"] else ""),
         f"{row['ms']:.2f}",
         f"{row['tokens_per_s']:,.0f}",
         ratio("strongest"),
