@@ -126,9 +126,9 @@ class Fills(TorchFunctionMode):
 
     def wrote_only(self, tensors: Iterable[Tensor]) -> bool:
         """Whether no memory that was there before was written but that of these tensors."""
-        known = {_memory(tensor) for tensor in (*tensors, *self._fresh)}
-        kept = list(map(_version, self._weights)) == self._versions
-        return kept and not self._is_lost and self._written <= known
+        if self._is_lost or list(map(_version, self._weights)) != self._versions:
+            return False
+        return not self._written or self._written <= set(map(_memory, (*tensors, *self._fresh)))
 
 
 _version = operator.attrgetter("_version")

@@ -215,11 +215,11 @@ class Kinds:
         """Whether a program reads a weight through this node."""
         return node in self._numbers
 
-    def refresh(self) -> None:
-        """Bring plan and stacks up to date with the weights' values, before waves run."""
+    def refresh(self) -> Standing:
+        """Bring plan and stacks up to date with the weights' values, before waves run; what stands then."""
         known = self._stacks if self._plan is not None else None
         if known is not None and known.follow_weights and self._where() == self._pointers:
-            return
+            return self._at(self._pointers)
         self.replan()
         assert self._stacks is not None
         found = self._stacks(self._objects)
@@ -230,6 +230,7 @@ class Kinds:
             self._slices, self._groups = {}, {}
         self._plans = {}  # a weight that is in no stack may have moved
         self._pointers = self._where()  # stacking moves weights, too
+        return self._at(self._pointers)
 
     def _where(self) -> list[int]:
         """Where the weights lie."""
@@ -245,7 +246,10 @@ class Kinds:
 
     def standing(self) -> Standing:
         """What the addresses in a wave depend on, beside the call."""
-        return Standing(self.cells, len(self.cells), self._stacked, self._where())
+        return self._at(self._where())
+
+    def _at(self, pointers: list[int]) -> Standing:
+        return Standing(self.cells, len(self.cells), self._stacked, pointers)
 
     def replan(self) -> None:
         """Decide which weights are stacked; no weight is touched."""

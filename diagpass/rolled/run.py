@@ -628,14 +628,17 @@ def _same(a: Any, b: Any) -> bool:
 
 def fill_all(tokens: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """Give tokens their contents, in few kernels."""
-    for inference in (False, True):
-        found = [at for at, token in enumerate(tokens) if token.is_inference() == inference]
-        plain = [at for at in found if not _is_expanded(tokens[at])]
-        for at in set(found).difference(plain):
-            _fill(tokens[at], values[at])
-        if plain:
-            with torch.inference_mode(inference), torch.no_grad():
-                torch._foreach_copy_([tokens[at] for at in plain], [values[at] for at in plain])
+    alike: dict[bool, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for token, value in zip(tokens, values, strict=True):
+        if _is_expanded(token):
+            _fill(token, value)
+        else:
+            targets, sources = alike.setdefault(token.is_inference(), ([], []))
+            targets.append(token)
+            sources.append(value)
+    for inference, (targets, sources) in alike.items():
+        with torch.inference_mode(inference), torch.no_grad():
+            torch._foreach_copy_(targets, sources)
 
 
 def _is_expanded(token: torch.Tensor) -> bool:

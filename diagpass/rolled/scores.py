@@ -41,8 +41,7 @@ class Scores:
         scores = self._known.get(form)
         if not scores or current() is not None:  # a clock is to see each wave
             return []
-        kinds.refresh()
-        standing = kinds.standing()
+        standing = kinds.refresh()
         scores[:] = [score for score in scores if _stands(score, standing)]
         if not kinds.runner.buffers.are_free:  # a stream is under way
             return []
