@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal, RunSequentially
 from diagpass.report import Report, make_report
 from diagpass.repro import script
+from diagpass.runtime.compiled import get_ready
 from diagpass.runtime.forms import Forms
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,12 @@ class Session:
     restart_for_counters: bool = False
     modes: list[Any] = dataclasses.field(default_factory=list)
     warned: set[str] = dataclasses.field(default_factory=set)
+
+    def begin(self, device_types: Collection[str]) -> None:
+        """Prepare what the capture that is about to begin leads to."""
+        options = self.options
+        if not self.analyse_only and options.compiler == "inductor" and options.schedule != "sequential":
+            get_ready(device_types)
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's call: a captured graph in, a program out."""

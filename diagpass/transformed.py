@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +61,10 @@ class Capturing(Protocol):
     symbols: set[str]
     modes: list[Any]
     captures: int
+
+    def begin(self, device_types: Collection[str]) -> None:
+        """The first capture is about to begin, of a call with tensors on these devices."""
+        ...
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A captured graph in, what runs it out."""
@@ -109,6 +113,8 @@ def call_entry(
     """
     if not session.captures:
         say("capture")
+        leaves = tree_leaves((args, kwargs))
+        session.begin({leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)})
     while True:
         try:
             # Dynamo skips frames under a dispatch mode: the modes wait and are back when the program runs.

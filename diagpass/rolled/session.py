@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from diagpass.rolled.kinds import Kinds
 from diagpass.rolled.program import Refused, StepProgram, make_program
 from diagpass.rolled.run import Run
 from diagpass.rolled.scores import Scores
+from diagpass.runtime.compiled import get_ready
 from diagpass.stages import say
 from diagpass.state import Snapshot
 
@@ -70,6 +71,11 @@ class StepSession:
         self.kinds = Kinds(self.options)
         self.foreseen = foresee(self.step, "model") - self.symbols
         self.symbols |= self.foreseen
+
+    def begin(self, device_types: Collection[str]) -> None:
+        """Prepare what the capture that is about to begin leads to."""
+        if self.options.compiler == "inductor" and self.run is not None and not self.run.dry:
+            get_ready(device_types)
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's call: one behaviour of the step in, what records a segment of it out."""

@@ -6,9 +6,12 @@ check what it took for granted: :class:`InductorWidths` asks before each new wid
 
 from __future__ import annotations
 
+import importlib
 import logging
+import threading
 import time
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,6 +23,35 @@ from diagpass.lowering.widths import at_width, examples, holds, width_of, width_
 from diagpass.stages import say
 
 log = logging.getLogger(__name__)
+
+
+_asked: set[str] = set()  # the devices that processes were asked for
+_asking = threading.Lock()
+
+
+def get_ready(device_types: Iterable[str]) -> None:
+    """Start the processes in which Inductor compiles kernels, so that they are there when they are needed.
+
+    They take seconds to start and do so beside a capture. Only CUDA's kernels are compiled in processes;
+    torch decides whether and how many it wants (``TORCH_WARM_POOL``, ``TORCHINDUCTOR_COMPILE_THREADS``).
+    What cannot be started now is started when Inductor compiles.
+
+    Parameters
+    ----------
+    device_types
+        Where cells may run, such as ``{"cuda"}``. Nothing is asked for twice.
+    """
+    with _asking:
+        if "cuda" not in device_types or "cuda" in _asked:
+            return
+        _asked.add("cuda")
+        begin = time.perf_counter()
+        try:
+            importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
+        except Exception as error:  # torch's own affair; without it all is as good, only later
+            log.info("no process is started ahead (%s: %s)", type(error).__name__, error)
+            return
+        log.info("processes that compile are starting (%.1f s)", time.perf_counter() - begin)
 
 
 class InductorKind(torch.nn.Module):
