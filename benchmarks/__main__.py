@@ -52,7 +52,17 @@ def _load(path: Path) -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-HEADS = ("none", "all", "last")
+HEADS = {"none", "all", "last"}
+
+
+def _said(head: str) -> Any:
+    """The head in a row."""
+    return False if head == "none" else head
+
+
+def _kept(shape: Preset, head: str) -> dict[str, int]:
+    """What the model is told of the positions whose logits are wanted."""
+    return {"logits_to_keep": 1 + shape.memory_tokens} if head == "last" else {}
 
 
 @app.command()
@@ -63,7 +73,8 @@ def run(
     out: Annotated[Path, typer.Option(help="The file of rows to add to")] = Path("results.json"),
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     head: Annotated[
-        str, typer.Option(help="none, all (logits of all positions) or last (of a segment's last one)")
+        str,
+        typer.Option(help="none, all (logits of all positions), last (a segment's last one), all,last"),
     ] = "none",
     baselines: Annotated[str, typer.Option(help="Which baselines to run")] = "strongest,full,eager",
     budget: Annotated[float, typer.Option(help="Seconds of timing for a length")] = 5.0,
@@ -76,8 +87,9 @@ def run(
     """Measure one shard."""
     if not workspace:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":0:0"
-    if head not in HEADS:
-        raise typer.BadParameter(f"{head!r} is none of {', '.join(HEADS)}", param_hint="--head")
+    heads = head.split(",")
+    if not set(heads) <= HEADS or (len(heads) > 1 and "none" in heads):
+        raise typer.BadParameter(f"{head!r}: it is none, all, last, or all,last", param_hint="--head")
     wanted = set(baselines.split(","))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = PRESETS[preset]
@@ -86,37 +98,40 @@ def run(
         (*(row[key] for key in ("preset", "segment", "tokens", "head", "device")), row.get("workspace", True))
         for row in rows
     }
-    said = False if head == "none" else head
-    lengths = [int(part) for part in tokens.split(",")]
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     name += f", {note}" if note else ""
-    lengths = [length for length in lengths if (preset, segment, length, said, name, workspace) not in done]
-    if not lengths:
+    todo = [
+        (head, length)
+        for head in heads
+        for length in map(int, tokens.split(","))
+        if (preset, segment, length, _said(head), name, workspace) not in done
+    ]
+    if not todo:
         return
     torch.set_grad_enabled(False)
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    cell = make_cell(shape, segment, device, dtype, head != "none")
-    kept = {"logits_to_keep": 1 + shape.memory_tokens} if head == "last" else {}
+    cell = make_cell(shape, segment, device, dtype, heads != ["none"])
     model_bytes = sum(p.numel() * p.element_size() for p in cell.parameters())
     loop = diagpass.SegmentLoop(cell, segment, reset="zero_mem")
     transformed = diagpass.transform(loop, options={"form": form})
-    fast = functools.partial(transformed, **kept)
-    ids = make_ids(shape, lengths[-1], device)
-    cold = seconds(lambda: fast(ids), device)
-    fast(ids)
+    head, longest = todo[-1]
+    cold = seconds(lambda: transformed(make_ids(shape, longest, device), **_kept(shape, head)), device)
+    transformed(make_ids(shape, longest, device), **_kept(shape, head))
     static = _static(before, device)
-    strongest = StrongestSequential(cell, segment, **kept) if "strongest" in wanted else None
-    step = compiled_step(cell, segment, **kept) if "compiled" in wanted else None
     rate = matmul_rate(device, dtype)
     machine = dataclasses.replace(
         diagpass.measure_machine(device, [dtype]), matmul={str(dtype).removeprefix("torch."): rate}
     )
-    for length in lengths:
+    strongest: dict[str, StrongestSequential] = {}
+    for head, length in todo:
+        kept = _kept(shape, head)
+        if "strongest" in wanted and head not in strongest:
+            strongest = {head: StrongestSequential(cell, segment, **kept)}
         sides = Sides(
-            fast,
+            functools.partial(transformed, **kept),
             functools.partial(loop, **kept) if "eager" in wanted and length <= 64 * segment else None,
-            strongest,
-            step,
+            strongest.get(head),
+            compiled_step(cell, segment, **kept) if "compiled" in wanted else None,
             "wanted" if "full" in wanted and (device == "cuda" or length <= 8192) else None,
         )
         row = _measure(sides, shape, make_ids(shape, length, device), head, budget)
@@ -126,7 +141,7 @@ def run(
             "preset": preset,
             "segment": segment,
             "tokens": length,
-            "head": said,
+            "head": _said(head),
             "device": name,
             "torch": torch.__version__,
             "ran": transformed.report.ran,
