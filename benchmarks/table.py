@@ -51,13 +51,18 @@ def as_markdown(rows: Sequence[dict]) -> str:
         "*compiled* the step under `torch.compile`; *eager* the model as it stands; *full* the same Llama",
         "with causal attention over all tokens, compiled. *of rate* is the model's matrix and attention",
         "operations over the time, as a fraction of the rate of back-to-back 8192 x 8192 products in the",
-        "same run. *static* is the device memory held between calls over the model's own parameters.",
-        "[Profiles](profiles.md) says where the time goes. Times of the small model below some 15 ms are the",
-        "host's, and moved by a factor of two between machines of one kind.",
+        "same run. *static* is the device memory allocated between calls over the model's own parameters;",
+        "what only lives inside CUDA graphs is not in it. *head* says whether logits were computed, of",
+        "*all* positions or of the *last* one of each segment. Rows of one device are those of the version",
+        "of their day. [Profiles](profiles.md) says where the time goes. Times of the small model below",
+        "some 10 ms are the host's, and moved by a factor of two between machines of one kind and within",
+        "minutes on one.",
         "",
     ]
     for device in dict.fromkeys((row["device"], row["torch"]) for row in rows):
-        lines += [f"## {device[0]}, torch {device[1]}", "", "| " + " | ".join(COLUMNS) + " |"]
+        days = sorted({row["measured"] for row in rows if (row["device"], row["torch"]) == device})
+        lines += [f"## {device[0]}, torch {device[1]}, {', '.join(days)}", ""]
+        lines.append("| " + " | ".join(COLUMNS) + " |")
         lines.append("|" + "---|" * len(COLUMNS))
         for row in rows:
             if (row["device"], row["torch"]) == device:
