@@ -61,6 +61,7 @@ from diagpass.transformed import (
     not_captured,
     with_signature,
 )
+from diagpass.uncollected import uncollected
 
 log = logging.getLogger(__name__)
 
@@ -457,12 +458,14 @@ class TransformedLoop(Transformed):
         try:
             with contextlib.nullcontext() if learning else config.patch(error_on_recompile=True):
                 try:
-                    return call_entry(self._entry, session, args, kwargs, is_set)
+                    with contextlib.nullcontext() if is_set else uncollected():
+                        return call_entry(self._entry, session, args, kwargs, is_set)
                 except CaptureFailed as failed:
                     if self._warmed or run.segments or not dynamo.in_library(failed.__cause__):
                         raise
                     self._warm_up(args, kwargs)
-                    return call_entry(self._entry, session, args, kwargs)
+                    with uncollected():
+                        return call_entry(self._entry, session, args, kwargs)
         except RecompileError as error:
             raise Conflict(
                 f"the step is another one at each of {run.segments} segments, so there is nothing to repeat: "

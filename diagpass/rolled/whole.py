@@ -46,6 +46,7 @@ from diagpass.transformed import (
     is_disabled,
     make_entry,
 )
+from diagpass.uncollected import uncollected
 from diagpass.verify import Reference
 
 log = logging.getLogger(__name__)
@@ -408,7 +409,8 @@ class TransformedModel(Transformed):
         learning = run.fresh_captures < MAX_FRESH
         session.run = run
         try:
-            with contextlib.nullcontext() if learning else config.patch(error_on_recompile=True):
+            watching = contextlib.nullcontext() if learning else config.patch(error_on_recompile=True)
+            with watching, uncollected():
                 result = call_entry(entry, session, args, kwargs)
         except RecompileError as error:
             raise Conflict(
