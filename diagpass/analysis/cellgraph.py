@@ -6,9 +6,11 @@ group is one batched call: that is what the choice is for.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.fx as fx
 
@@ -56,6 +58,13 @@ def find_cells(
     return None if best is None else best[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Holder:
+    """Stands for a graph's module where nothing is run: a module has its code generated."""
+
+    graph: fx.Graph
+
+
 def _find_in_copies(gm: fx.GraphModule, globs: Sequence[str] | None) -> CellGraph | None:
     """Try the proposals on copies of the graph and cut the graph itself by the best.
 
@@ -67,14 +76,14 @@ def _find_in_copies(gm: fx.GraphModule, globs: Sequence[str] | None) -> CellGrap
         image: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(gm.graph, image))
         copied = {image[node]: call for node, call in proposal.items() if node in image}
-        cost, _, absorb = _better(fx.GraphModule(gm, graph), copied, _steady_operations)
+        cost, _, absorb = _better(_Holder(graph), copied, _steady_operations)
         if best is None or cost < best[0] * DEEPER_PAYS:
             best = (cost, proposal, absorb)
     return None if best is None else _build(gm, *assign(gm.graph, best[1], absorb=best[2]))
 
 
 def _better(
-    gm: fx.GraphModule, proposal: Proposal, operations: Callable[[CellGraph], int]
+    gm: fx.GraphModule | _Holder, proposal: Proposal, operations: Callable[[CellGraph], int]
 ) -> tuple[int, CellGraph, bool]:
     """The proposal with or without the glue between its cells, whichever needs fewer operations."""
     with_glue = _build(gm, *assign(gm.graph, proposal))
@@ -86,7 +95,7 @@ def _better(
     return (cost, with_glue, True) if cost <= other else (other, without, False)
 
 
-def _build(gm: fx.GraphModule, owner: dict[fx.Node, int], calls: list[Call]) -> CellGraph:
+def _build(gm: Any, owner: dict[fx.Node, int], calls: list[Call]) -> CellGraph:
     nodes: dict[int, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         if node in owner:

@@ -53,18 +53,19 @@ def propose(graph: fx.Graph, globs: Sequence[str] | None) -> Iterator[Proposal]:
     if globs is not None:
         yield _matching(calls, globs)
         return
+    stacks = {id(stack): stack for stack in calls.values()}  # far fewer than nodes
     members: dict[tuple[str, str], set[str]] = {}
-    for stack in calls.values():
+    for stack in stacks.values():
         for call in stack:
             members.setdefault(call.family, set()).add(call.path)
     families = {family for family, paths in members.items() if len(paths) >= 2}
+    inside = {key: [call for call in stack if call.family in families] for key, stack in stacks.items()}
     depth = largest = 0
     while True:
         proposal: Proposal = {}
         for node, stack in calls.items():
-            inside = [call for call in stack if call.family in families]
-            if len(inside) > depth:
-                proposal[node] = inside[depth]
+            if len(inside[id(stack)]) > depth:
+                proposal[node] = inside[id(stack)][depth]
         if not proposal:
             break
         size = max(len(members[call.family]) for call in set(proposal.values()))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.immutable_collections import immutable_list
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diagpass.ir import Cell, Kind, Slot
@@ -20,6 +21,10 @@ aten = torch.ops.aten
 
 # Operations whose second argument (and alpha) may be a number or a tensor.
 SCALAR_OPERAND = frozenset((aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor))
+
+_PLAIN = frozenset(
+    (fx.Node, int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+)
 
 
 def find_kinds(cells: Sequence[Cell]) -> tuple[Kind, ...]:
@@ -44,6 +49,21 @@ def signature(cell: Cell) -> tuple:
 
 
 def _leaves(node: fx.Node) -> list[Any]:
+    """What ``tree_flatten`` finds in a node's arguments, and last how they are nested."""
+    if not node.kwargs:  # nearly all nodes have plain arguments and lists of such
+        leaves: list[Any] = []
+        nesting = []
+        for argument in node.args:
+            if type(argument) in _PLAIN:
+                leaves.append(argument)
+                nesting.append(-1)
+            elif type(argument) is immutable_list and all(type(item) in _PLAIN for item in argument):
+                leaves += argument
+                nesting.append(len(argument))
+            else:
+                break
+        else:
+            return [*leaves, tuple(nesting)]
     leaves, spec = tree_flatten((node.args, node.kwargs))
     return [*leaves, str(spec)]
 

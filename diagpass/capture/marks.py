@@ -11,12 +11,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import torch.fx as fx
 
 _ROOT = re.compile(r"^[LG]\[[^\]]*\](?:\.__closure__\[\d+\]\.cell_contents)?\.?")
 _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 _DIGITS = re.compile(r"\d+")
+
+Record = tuple[tuple[Any, str, Any], ...]  # per module: key, Dynamo's name of it, class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,18 @@ def spoken(raw: str) -> str:
 
 def calls_of(node: fx.Node) -> tuple[Call, ...]:
     """The calls around ``node``, outermost first, without the root module."""
+    return _calls(_record_of(node))
+
+
+def _record_of(node: fx.Node) -> Record:
+    """Dynamo's record of a node, hashable; many nodes of a module have the same."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple((key, raw, cls) for key, (raw, cls) in stack.items())
+
+
+def _calls(record: Record) -> tuple[Call, ...]:
     found = []
-    for key, (raw, cls) in (node.meta.get("nn_module_stack") or {}).items():
+    for key, raw, cls in record:
         path = module_path(raw)
         if not path:
             continue
@@ -90,9 +103,10 @@ def all_calls(graph: fx.Graph) -> dict[fx.Node, tuple[Call, ...]]:
     """The calls around every node, each module under one path and its calls numbered throughout.
 
     Dynamo numbers the calls of a module per path by which it was reached; here a module has one path,
-    the shortest, and its calls are numbered in program order.
+    the shortest, and its calls are numbered in program order. Nodes with the same record have the same tuple.
     """
-    calls = {node: calls_of(node) for node in graph.nodes}
+    records = {node: _record_of(node) for node in graph.nodes}
+    calls = {record: _calls(record) for record in dict.fromkeys(records.values())}  # in program order
     paths: dict[str, str] = {}
     counts: dict[str, dict[tuple[str, int], int]] = {}
     for stack in calls.values():
@@ -102,8 +116,8 @@ def all_calls(graph: fx.Graph) -> dict[fx.Node, tuple[Call, ...]]:
                 paths[call.module] = call.path
             numbers = counts.setdefault(call.module, {})
             numbers.setdefault((call.path, call.count), len(numbers))
-    return {
-        node: tuple(
+    numbered = {
+        record: tuple(
             dataclasses.replace(
                 call,
                 path=paths[call.module],
@@ -111,8 +125,9 @@ def all_calls(graph: fx.Graph) -> dict[fx.Node, tuple[Call, ...]]:
             )
             for call in stack
         )
-        for node, stack in calls.items()
+        for record, stack in calls.items()
     }
+    return {node: numbered[record] for node, record in records.items()}
 
 
 def source_line(node: fx.Node) -> str | None:
