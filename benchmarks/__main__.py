@@ -123,8 +123,12 @@ def run(
         diagpass.measure_machine(device, [dtype]), matmul={str(dtype).removeprefix("torch."): rate}
     )
     strongest: dict[str, StrongestSequential] = {}
+    seen = {todo[-1][0]}
     for head, length in todo:
         kept = _kept(shape, head)
+        if head not in seen:  # the time of a new length is not that of a new head
+            seen.add(head)
+            transformed(make_ids(shape, longest, device), **kept)
         if "strongest" in wanted and head not in strongest:
             strongest = {head: StrongestSequential(cell, segment, **kept)}
         sides = Sides(

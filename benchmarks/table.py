@@ -28,7 +28,7 @@ def _cells(row: dict) -> list[str]:
         f"{row['fraction_of_rate']:.3f}",
         f"{row['static_bytes'] / row['model_bytes']:.3f}" if row["static_bytes"] else "",
         f"{row['peak_bytes'] / 2**20:.0f}" if row["peak_bytes"] else "",
-        f"{row['cold_s']:.1f}",
+        f"{row['cold_s']:.1f}" if row["cold_s"] else "",
     ]
 
 
