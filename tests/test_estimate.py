@@ -1,4 +1,4 @@
-"""The cost model: its parts, the machine's figures, and estimates against what an H100 measured."""
+"""The cost model: its parts, the machine's figures, and estimates against what GPUs measured."""
 
 from __future__ import annotations
 
@@ -134,9 +134,10 @@ def _flat() -> tuple[torch.nn.Module, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=["1B-1024", "160M-1024", "1B-512", "1B-256"])
 def recorded(request: pytest.FixtureRequest) -> tuple[diagpass.Report, list[dict[str, Any]]]:
-    """A preset's report, and the rows that an H100 measured."""
+    """A preset's report, and the rows that were measured."""
     preset, segment = request.param.split("-")
-    rows = json.loads((RESULTS / f"h100-{request.param}.json").read_text("utf-8"))
+    files = [RESULTS / f"{device}-{request.param}.json" for device in ("h100", "h200")]
+    rows = [row for file in files for row in json.loads(file.read_text("utf-8"))]
     return report_of(preset, int(segment)), rows
 
 
@@ -144,7 +145,8 @@ def recorded(request: pytest.FixtureRequest) -> tuple[diagpass.Report, list[dict
 def test_estimates_are_within_30_percent_where_the_device_is_the_limit(
     recorded: Any, start: float | None
 ) -> None:
-    """All lengths of the best sequential run, and all of the wavefront but short ones of the small model.
+    """All lengths of the best sequential run, and all of the wavefront but, on the H100, short ones of the
+    small model.
 
     There the host is the limit, and was slower than its figures say (docs/derivations.md). What a kernel
     takes to start was measured; for segments of 1,024 tokens the result does not hang on it.
@@ -153,7 +155,7 @@ def test_estimates_are_within_30_percent_where_the_device_is_the_limit(
     for row in rows if start is None or rows[0]["segment"] == 1024 else ():
         sides = compare(report, row, start)
         assert abs(sides["sequential"]["error"]) < 0.3, row["case"]
-        if row["preset"] == "1B" or row["tokens"] >= 32 * row["segment"]:
+        if row["preset"] == "1B" or row["tokens"] >= 32 * row["segment"] or "H200" in row["device"]:
             assert abs(sides["wavefront"]["error"]) < 0.3, row["case"]
         else:
             assert sides["wavefront"]["error"] < 0, row["case"]
