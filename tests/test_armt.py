@@ -25,6 +25,7 @@ from tests.helpers import (
     no_diagpass_warnings,
     profile_matmuls,
     run_sequential,
+    slowness,
     state_of,
 )
 from tests.test_repeat import run_python
@@ -281,14 +282,17 @@ print("seconds", time.perf_counter() - begin, cpu() - used, fast.report.ran)
 def test_cold_start(compiler: str, seconds: float, tmp_path: Any) -> None:
     """transform and the first call, with empty caches, 4 layers x 4 segments.
 
-    The limit is one of wall time on an idle machine. Where other tests share the cores, time spent
-    computing is what the wall time would at most have been.
+    The limit is one of wall time on an idle machine of usual speed. Where other tests share the cores, time
+    spent computing is what the wall time would at most have been.
     """
+    before = slowness()
     env = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
     out = run_python(COLD, compiler, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), **env)
     wall, computing, ran = out.split("seconds")[1].split()
     assert ran == "wavefront"
-    assert min(float(wall), float(computing)) <= seconds, f"{wall} s, computing {computing} s"
+    slower = (before + slowness()) / 2
+    told = f"{wall} s, computing {computing} s, on a machine {slower:.1f} times as slow as usual"
+    assert min(float(wall), float(computing)) <= seconds * slower, told
 
 
 def test_the_default_options_warn_of_nothing() -> None:
