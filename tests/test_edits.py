@@ -60,6 +60,15 @@ def _data_replaced_everywhere(model: nn.Module) -> None:
         parameter.data = parameter.data * 0.5
 
 
+def _transposed(model: nn.Module) -> None:
+    for layer in model.layers:
+        layer.body.read.weight.data = layer.body.read.weight.data.t()
+
+
+def _transposed_in_one_layer(model: nn.Module) -> None:
+    model.layers[1].body.read.weight.data = model.layers[1].body.read.weight.data.t()
+
+
 def _numpy_alias(model: nn.Module) -> None:
     model.layers[1].body.inp.weight.detach().numpy()[:] *= 0.5
 

@@ -133,6 +133,18 @@ def test_weights_that_are_edited_replaced_or_moved_are_seen() -> None:
         check(loop, fast, tokens(8 * T), [], 1e-10)
 
 
+def test_a_weight_that_lies_where_it_lay_and_means_something_else_is_seen() -> None:
+    loop = loop_of()
+    fast: Any = fast_copy(loop)
+    for _ in range(3):
+        for _ in range(5):
+            check(loop, fast, tokens(8 * T), [], 1e-10)
+        for step in both(loop, fast):
+            step.layers[1].mem.weight.data = step.layers[1].mem.weight.data.t()
+    check(loop, fast, tokens(8 * T), [], 1e-10)
+    assert followed(fast) > 0
+
+
 class Hooked(Step):
     """What a hook holds on to."""
 

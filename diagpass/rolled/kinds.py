@@ -29,7 +29,7 @@ from diagpass.rolled.program import StepProgram
 from diagpass.rolled.values import Box
 from diagpass.runtime.compiled import InductorKind
 from diagpass.runtime.forms import Forms, Traced
-from diagpass.runtime.stacks import WeightStacks
+from diagpass.runtime.stacks import Places, WeightStacks, places
 from diagpass.stages import say
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Standing:
     cells: list[Cell]
     count: int
     stacked: list[torch.Tensor]
-    pointers: list[int]
+    places: Places
 
     def is_same(self, other: Standing) -> bool:
         """Whether nothing has moved in between."""
@@ -91,7 +91,7 @@ class Standing:
             self.cells is other.cells
             and self.count == other.count
             and self.stacked is other.stacked
-            and self.pointers == other.pointers
+            and self.places == other.places
         )
 
 
@@ -141,7 +141,7 @@ class Kinds:
         self._constants: dict[tuple, torch.Tensor] = {}
         self._width: int | None = None
         self._slices: dict[tuple, Fixed] = {}
-        self._pointers: list[int] = []
+        self._places: Places = ()
 
     # Programs and their weights.
 
@@ -218,8 +218,8 @@ class Kinds:
     def refresh(self) -> Standing:
         """Bring plan and stacks up to date with the weights' values, before waves run; what stands then."""
         known = self._stacks if self._plan is not None else None
-        if known is not None and known.follow_weights and self._where() == self._pointers:
-            return self._at(self._pointers)
+        if known is not None and known.follow_weights and self._where() == self._places:
+            return self._at(self._places)
         self.replan()
         assert self._stacks is not None
         found = self._stacks(self._objects)
@@ -229,12 +229,12 @@ class Kinds:
             self._stacked = found
             self._slices, self._groups = {}, {}
         self._plans = {}  # a weight that is in no stack may have moved
-        self._pointers = self._where()  # stacking moves weights, too
-        return self._at(self._pointers)
+        self._places = self._where()  # stacking moves weights, too
+        return self._at(self._places)
 
-    def _where(self) -> list[int]:
-        """Where the weights lie."""
-        return list(map(torch.Tensor.data_ptr, self._objects))
+    def _where(self) -> Places:
+        """Where the weights lie, and how."""
+        return places(self._objects)
 
     def numbered(self) -> tuple[dict[fx.Node, int], list[torch.Tensor]]:
         """The number of the weight behind each placeholder, and the weights."""
@@ -248,8 +248,8 @@ class Kinds:
         """What the addresses in a wave depend on, beside the call."""
         return self._at(self._where())
 
-    def _at(self, pointers: list[int]) -> Standing:
-        return Standing(self.cells, len(self.cells), self._stacked, pointers)
+    def _at(self, places: Places) -> Standing:
+        return Standing(self.cells, len(self.cells), self._stacked, places)
 
     def replan(self) -> None:
         """Decide which weights are stacked; no weight is touched."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,12 +24,30 @@ ALIGNMENT = 64  # bytes; what torch's CPU allocator gives
 _shared_stacks: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
 
 
+Places = tuple[list[Any], ...]
+
+
+def places(tensors: Sequence[torch.Tensor]) -> Places:
+    """Where tensors lie, and how: ``weight.data = weight.data.t()`` leaves a weight where it was."""
+    dtypes = list(map(_dtype, tensors))
+    return (
+        list(map(torch.Tensor.data_ptr, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
+        list(map(torch.Tensor.size, tensors)),
+        dtypes,
+        list(map(torch.Tensor.is_conj, tensors)) if any(dtype.is_complex for dtype in set(dtypes)) else [],
+    )
+
+
+_dtype = operator.attrgetter("dtype")
+
+
 @dataclasses.dataclass
 class _Held:
     """One stack and what it was made from."""
 
     tensor: torch.Tensor
-    pointers: tuple[int, ...]
+    places: Places
     shared: bool
 
 
@@ -77,9 +97,8 @@ class WeightStacks:
                 for row, weight in zip(stack, weights, strict=True):
                     weight.data = torch.from_dlpack(row)
                 _shared_stacks[_key(weights)] = stack
-            return _Held(stack, tuple(w.data_ptr() for w in weights), True)
-        pointers = tuple(weight.data_ptr() for weight in weights)
-        return _Held(_aligned(weights), pointers, False)
+            return _Held(stack, places(weights), True)
+        return _Held(_aligned(weights), places(weights), False)
 
 
 def _aligned(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -99,7 +118,7 @@ def _aligned(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 def _current(held: _Held, weights: Sequence[torch.Tensor]) -> bool:
     """Whether the stack still holds the weights' values."""
     if held.shared:
-        return tuple(map(torch.Tensor.data_ptr, weights)) == held.pointers
+        return places(weights) == held.places
     return all(
         row.dtype == weight.dtype and row.device == weight.device and torch.equal(row, weight)
         for row, weight in zip(held.tensor, weights, strict=True)
