@@ -123,6 +123,7 @@ def run(
         diagpass.measure_machine(device, [dtype]), matmul={str(dtype).removeprefix("torch."): rate}
     )
     strongest: dict[str, StrongestSequential] = {}
+    compiled: dict[str, Any] = {}
     seen = {todo[-1][0]}
     for head, length in todo:
         kept = _kept(shape, head)
@@ -131,11 +132,13 @@ def run(
             transformed(make_ids(shape, longest, device), **kept)
         if "strongest" in wanted and head not in strongest:
             strongest = {head: StrongestSequential(cell, segment, **kept)}
+        if "compiled" in wanted and head not in compiled:
+            compiled = {head: compiled_step(cell, segment, **kept)}
         sides = Sides(
             functools.partial(transformed, **kept),
             functools.partial(loop, **kept) if "eager" in wanted and length <= 64 * segment else None,
             strongest.get(head),
-            compiled_step(cell, segment, **kept) if "compiled" in wanted else None,
+            compiled.get(head),
             "wanted" if "full" in wanted and (device == "cuda" or length <= 8192) else None,
         )
         row = _measure(sides, shape, make_ids(shape, length, device), head, budget)

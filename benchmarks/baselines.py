@@ -130,9 +130,8 @@ class StrongestSequential:
             _, length, *rest = self.out[True].shape
             count = ids.shape[1] // self.segment_size
             result = torch.empty(1, count * length, *rest, dtype=self.out[True].dtype, device=ids.device)
-            for at, (part, kept) in enumerate(
-                zip(ids.split(self.segment_size, 1), result.split(length, 1), strict=True)
-            ):
+            pairs = zip(ids.split(self.segment_size, 1), result.split(length, 1), strict=True)
+            for at, (part, kept) in enumerate(pairs):
                 self.ids.copy_(part)
                 found = self.run[at == 0]()
                 kept.copy_(self.out[at == 0] if found is None else found)
@@ -184,11 +183,8 @@ class FullAttention:
 
         self.rotary = rotary
         self.layer = compiled(layer, [*function.weights[0], hidden, *rotary])
-        self.weights, self.llama, self.kept = (
-            function.weights,
-            llama,
-            slice(-1, None) if last else slice(None),
-        )
+        self.weights, self.llama = function.weights, llama
+        self.kept = slice(-1, None) if last else slice(None)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Token numbers [1, N] -> outputs [1, N, ...]."""

@@ -16,8 +16,6 @@ import copy
 import dataclasses
 import itertools
 import re
-import statistics
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -29,24 +27,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diagpass
-
-USUAL = 0.15  # seconds of `_additions` on a machine for which limits of time are written
-
-
-def slowness() -> float:
-    """How many times longer plain Python takes at present than on a machine of usual speed; at least 1.
-
-    A limit of time is stretched by it: shared machines become two or three times slower for minutes.
-    """
-    return max(1.0, statistics.median(_additions() for _ in range(5)) / USUAL)
-
-
-def _additions() -> float:
-    begin, total = time.perf_counter(), 0
-    for number in range(3_000_000):
-        total += number
-    return time.perf_counter() - begin
-
 
 # ------------------------------------------------------------------------------ looking at things
 

@@ -276,38 +276,19 @@ print("seconds", time.perf_counter() - begin, cpu() - used, fast.report.ran)
 """
 
 
-TORCH = """
-import time, torch, torch._dynamo.config
-from examples import armt
-torch.set_num_threads(2)
-torch._dynamo.config.allow_unspec_int_on_nn_module = True
-
-model, inputs = armt.build(base="llama", layers=4, segments=4)
-with torch.no_grad():
-    model(*inputs)
-    begin = time.perf_counter()
-    torch.compile(model, backend="aot_eager", fullgraph=True)(*inputs)
-print("seconds", time.perf_counter() - begin)
-"""
-
-
 @pytest.mark.alone
-@pytest.mark.parametrize("compiler, seconds, times", [("eager", 15.0, 2.0), ("inductor", 60.0, 6.0)])
-def test_cold_start(compiler: str, seconds: float, times: float, tmp_path: Any) -> None:
+@pytest.mark.parametrize("compiler, seconds", [("eager", 15.0), ("inductor", 60.0)])
+def test_cold_start(compiler: str, seconds: float, tmp_path: Any) -> None:
     """transform and the first call, with empty caches, 4 layers x 4 segments.
 
     The limit is one of wall time on an idle machine. Where other tests share the cores, time spent
-    computing is what the wall time would at most have been. On a machine that is too slow for the limit
-    the measure is what torch itself takes there to capture the same model with a compiler that does nothing.
+    computing is what the wall time would at most have been.
     """
     env = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
     out = run_python(COLD, compiler, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), **env)
     wall, computing, ran = out.split("seconds")[1].split()
     assert ran == "wavefront"
-    took = min(float(wall), float(computing))
-    if took > seconds:
-        own = float(run_python(TORCH, **env).split("seconds")[1])
-        assert took <= times * own, f"{wall} s, computing {computing} s; torch's own capture {own} s"
+    assert min(float(wall), float(computing)) <= seconds, f"{wall} s, computing {computing} s"
 
 
 def test_the_default_options_warn_of_nothing() -> None:

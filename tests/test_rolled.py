@@ -34,7 +34,6 @@ from tests.helpers import (
     clone_tree,
     fast_copy,
     no_diagpass_warnings,
-    slowness,
     snapshot,
 )
 from tests.rolled_models import ENTRIES, B, D, L, T
@@ -334,15 +333,14 @@ def test_planning_is_cheap_and_linear() -> None:
     torch.manual_seed(0)
     loop = SegmentLoop(nn.Sequential(*[TinyLayer() for _ in range(16)]), 1)
     fast = fast_copy(loop)
-    seconds, slower = {}, slowness()
+    seconds = {}
     with torch.no_grad():
         for segments in (4, 8, 128, 256, 512, 1024):
             fast(torch.randn(1, segments, 2))
             report = fast.report
             assert report.ran == "wavefront" and report.cells == 16 * segments
             seconds[segments] = report.planning_seconds
-    slower = (slower + slowness()) / 2
-    assert seconds[128] < 0.05 * slower, (seconds, slower)
+    assert seconds[128] < 0.05, seconds
     assert seconds[1024] < 3 * 8 * seconds[128] + 0.02, seconds
     assert seconds[1024] < 3 * 4 * seconds[256] + 0.02, seconds
 

@@ -24,7 +24,6 @@ from tests.helpers import (
     clone_tree,
     collect_warnings,
     fast_copy,
-    slowness,
     state_of,
 )
 from tests.rolled_models import D, T
@@ -460,7 +459,6 @@ def test_sixteen_layers_times_128_segments() -> None:
     """Acceptance: the first call within 60 s, another length within 25 s, nothing traced again."""
     plain, ids = build_armt("llama", 16, 128, batch=1)
     fast = diagpass.transform(copy.deepcopy(plain), options={"compiler": "eager"})
-    slower = slowness()
     with torch.no_grad():
         begin = time.perf_counter()
         got = fast(ids)
@@ -473,5 +471,4 @@ def test_sixteen_layers_times_128_segments() -> None:
         assert_tree_same(got, plain(ids[:, : 96 * 8]), 1e-3, "second")
     assert fast.report.ran == "wavefront" and fast.report.captures == captures
     assert fast.report.waves == 96 + 15
-    slower = (slower + slowness()) / 2
-    assert first < 60 * slower and second < 25 * slower, (first, second, slower)
+    assert first < 60 and second < 25, (first, second)
