@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._guards import CompileContext, TracingContext
+from torch._guards import CompileContext
 
 from diagpass import pipeline
 from diagpass.capture import dynamo, functional
@@ -124,9 +124,12 @@ class Session:
         found: list[Analysis] = []
 
         def lower(
-            graph: fx.GraphModule, fake_inputs: Sequence[Any], inference: bool = False
+            graph: fx.GraphModule,
+            fake_inputs: Sequence[Any],
+            written: Sequence[int],
+            inference: bool = False,
         ) -> Callable[..., Any]:
-            names, is_weight = _names(gm, graph), _functional_weights(graph, weights)
+            names, is_weight = _names(gm, graph), _functional_weights(graph, weights, written)
             repro = script(graph, is_weight)
             analysis = pipeline.analyse(graph, self.options)
             analysis = dataclasses.replace(analysis, names=names, repro=repro)
@@ -255,15 +258,12 @@ def _names(gm: fx.GraphModule, graph: fx.GraphModule) -> dict[fx.Node, str]:
     }
 
 
-def _functional_weights(graph: fx.GraphModule, weights: Sequence[bool]) -> list[bool]:
+def _functional_weights(graph: fx.GraphModule, weights: Sequence[bool], written: Sequence[int]) -> list[bool]:
     """Which inputs of the functional graph are weights: those of the captured graph, not mutated."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(weights):  # AOTAutograd regrouped the inputs: claim nothing
         return [False] * len(placeholders)
-    context = TracingContext.try_get()
-    metadata = getattr(context, "fw_metadata", None)
-    mutated = set(getattr(metadata, "mutated_inp_runtime_indices", ()) or ())
-    return [is_weight and at not in mutated for at, is_weight in enumerate(weights)]
+    return [is_weight and at not in written for at, is_weight in enumerate(weights)]
 
 
 def diagonal(

@@ -1,4 +1,4 @@
-"""Dynamo's graph -> a functional ATen graph, by AOTAutograd.
+"""Dynamo's graph -> a functional ATen graph, by AOTAutograd or, where that is plain, by expansion.
 
 Raw Dynamo graphs write in place, so their edges lie: a buffer that is overwritten looks like no
 dependency at all. AOTAutograd turns every mutation into a value and every alias into an explicit
@@ -8,6 +8,7 @@ a forward and a backward one; only the forward one is handed to ``lower``.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,12 +16,17 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition
+from torch._guards import TracingContext
+
+from diagpass.capture.expand import Expanded, Unsure, expand
+from diagpass.stages import stage
 
 log = logging.getLogger(__name__)
 
-Lower = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Lower = Callable[[fx.GraphModule, Sequence[Any], Sequence[int]], Callable[..., Any]]
 
 
 def functionalize(
@@ -35,7 +41,8 @@ def functionalize(
     inputs
         Its example inputs.
     lower
-        Called with the functional forward graph and its (fake) inputs; returns what runs it, taking
+        Called with the functional forward graph, its (fake) inputs and the positions of those that are
+        written in place; returns what runs it, taking
         the graph's inputs as positional arguments and returning its outputs as a sequence.
     inference
         Called instead, if given, where no gradients are asked for.
@@ -48,14 +55,18 @@ def functionalize(
     """
 
     def forward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return make_boxed_func(lower(graph, fake_inputs))
+        return make_boxed_func(lower(graph, fake_inputs, _written()))
 
     def without_gradients(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return make_boxed_func((inference or lower)(graph, fake_inputs))
+        return make_boxed_func((inference or lower)(graph, fake_inputs, _written()))
 
     def backward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
         return make_boxed_func(graph.forward)
 
+    expanded = _expanded(gm, inputs)
+    if expanded is not None and not _shares_memory_with_inputs(expanded):
+        program = (inference or lower)(expanded.graph, _values(expanded.graph), expanded.written)
+        return _writing_back(program, expanded.written)
     compile_functional = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,
@@ -63,6 +74,128 @@ def functionalize(
         partition_fn=default_partition,
     )
     return compile_functional(gm, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Functional:
+    """A functional graph without gradients, and what its outputs are.
+
+    Attributes
+    ----------
+    graph
+        Functional ATen graph with the captured graph's inputs; its outputs are the written inputs' new
+        values, then what the captured graph returns.
+    written
+        Positions of the inputs that are written in place, in the order of their new values.
+    passed
+        Per returned value, the input that it *is* (the same object), or None.
+    views
+        Per returned value, the input that it is a view of, or None.
+    """
+
+    graph: fx.GraphModule
+    written: tuple[int, ...]
+    passed: tuple[int | None, ...]
+    views: tuple[int | None, ...]
+
+
+class _Found(Exception):
+    """Leaves AOTAutograd with the functional graph."""
+
+    def __init__(self, graph: fx.GraphModule, metadata: Any) -> None:
+        super().__init__("found")
+        self.graph, self.metadata = graph, metadata
+
+
+def inference_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Functional | None:
+    """The functional graph of ``gm`` without gradients, or None where it has other inputs than ``gm``.
+
+    Raises
+    ------
+    ValueError
+        There is nothing to compute.
+    """
+    with torch.no_grad():
+        expanded = _expanded(gm, inputs)
+        if expanded is not None:
+            no_views = (None,) * len(expanded.passed)  # other than what the graph's values show
+            return Functional(expanded.graph, expanded.written, expanded.passed, no_views)
+
+        def lower(graph: fx.GraphModule, fake_inputs: Any, written: Any) -> Callable[..., Any]:
+            raise _Found(graph, getattr(TracingContext.try_get(), "fw_metadata", None))
+
+        try:
+            functionalize(gm, inputs, lower)
+        except _Found as found:
+            graph, metadata = found.graph, found.metadata
+        else:
+            raise ValueError("no operation")
+    if metadata is None or len(graph.graph.find_nodes(op="placeholder")) != len(inputs):
+        return None
+    written = tuple(metadata.mutated_inp_runtime_indices)
+    results = _results(graph)
+    output = graph.graph.find_nodes(op="output")[0]
+    output.args = (results[: len(written) + len(metadata.output_info)],)
+    graph.recompile()
+    return Functional(
+        graph,
+        written,
+        _bases(metadata, OutputType.is_input),
+        _bases(metadata, OutputType.alias_of_input),
+    )
+
+
+def _bases(metadata: Any, kind: OutputType) -> tuple[int | None, ...]:
+    return tuple(info.base_idx if info.output_type is kind else None for info in metadata.output_info)
+
+
+def _written() -> tuple[int, ...]:
+    """The inputs that AOTAutograd found the graph under way to write in place."""
+    metadata = getattr(TracingContext.try_get(), "fw_metadata", None)
+    return tuple(getattr(metadata, "mutated_inp_runtime_indices", ()) or ())
+
+
+def _writing_back(program: Callable[..., Any], written: Sequence[int]) -> Callable[..., Any]:
+    """Run a program without gradients; its first results go to the inputs that the graph writes."""
+
+    def run(*args: Any) -> Any:
+        with torch.no_grad():
+            results = program(*args)
+            for at, value in zip(written, results, strict=False):
+                args[at].copy_(value)
+        return results[len(written) :]
+
+    return run if written or torch.is_grad_enabled() else program
+
+
+def _expanded(gm: fx.GraphModule, inputs: Sequence[Any]) -> Expanded | None:
+    """The functional graph by expansion, or None."""
+    try:
+        with stage("expand the calls"):
+            return expand(gm, inputs)
+    except Unsure as reason:
+        log.info("AOTAutograd makes the graph functional: %s", reason)
+        return None
+
+
+def _results(graph: fx.GraphModule) -> tuple[Any, ...]:
+    return tuple(graph.graph.find_nodes(op="output")[0].args[0])
+
+
+def _values(graph: fx.GraphModule) -> list[Any]:
+    return [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def _shares_memory_with_inputs(expanded: Expanded) -> bool:
+    """Whether a result is an input or a view of one: AOTAutograd makes it anew at each call."""
+    memory = {value.untyped_storage()._cdata for value in _values(expanded.graph) if _is_tensor(value)}
+    values = [v.meta["val"] for v in _results(expanded.graph) if isinstance(v, fx.Node)]
+    returned = any(at is not None for at in expanded.passed)
+    return returned or any(v.untyped_storage()._cdata in memory for v in values if _is_tensor(v))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def is_random(node: fx.Node) -> bool:

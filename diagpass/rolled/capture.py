@@ -8,13 +8,11 @@ writes and what it returns become a :class:`StepGraph`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._functorch._aot_autograd.schemas import OutputType
-from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -61,14 +59,6 @@ class StepGraph:
     effects: Effects
 
 
-class _Found(Exception):
-    """Leaves AOTAutograd with the functional graph."""
-
-    def __init__(self, graph: fx.GraphModule, metadata: Any) -> None:
-        super().__init__("found")
-        self.graph, self.metadata = graph, metadata
-
-
 def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str] = ()) -> StepGraph:
     """Make Dynamo's graph functional.
 
@@ -88,29 +78,18 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], changing: Collection[str]
         if isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape):
             raise CaptureError("an input has a symbolic size; the rolled program needs fixed sizes")
 
-    def lower(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
-        raise _Found(graph, getattr(TracingContext.try_get(), "fw_metadata", None))
-
     try:
-        with torch.no_grad():
-            functional.functionalize(gm, inputs, lower)
-    except _Found as found:
-        graph, metadata = found.graph, found.metadata
-    else:
-        raise CaptureError("the step has no tensor operation")
-    placeholders = graph.graph.find_nodes(op="placeholder")
-    if metadata is None or len(placeholders) != len(inputs):
+        found = functional.inference_graph(gm, inputs)
+    except ValueError:
+        raise CaptureError("the step has no tensor operation") from None
+    if found is None:
         raise CaptureError(_regrouped(gm, inputs))
+    graph, written, passed = found.graph, found.written, found.passed
     _check_known(graph)
-    written = tuple(metadata.mutated_inp_runtime_indices)
+    placeholders = graph.graph.find_nodes(op="placeholder")
     (results,) = graph.graph.find_nodes(op="output")[0].args
-    returned = results[len(written) : len(written) + len(metadata.output_info)]
-    passed = tuple(
-        info.base_idx if info.output_type is OutputType.is_input else None for info in metadata.output_info
-    )
-    graph.graph.find_nodes(op="output")[0].args = ((*results[: len(written)], *returned),)
-    graph.recompile()
-    groups, input_groups = _groups(placeholders, returned, passed, metadata)
+    returned = results[len(written) :]
+    groups, input_groups = _groups(placeholders, returned, passed, found.views)
     for at in written:
         if at in input_groups:
             raise CaptureError(
@@ -158,7 +137,10 @@ def _check_known(graph: fx.GraphModule) -> None:
 
 
 def _groups(
-    placeholders: Sequence[fx.Node], returned: Sequence[Any], passed: Sequence[int | None], metadata: Any
+    placeholders: Sequence[fx.Node],
+    returned: Sequence[Any],
+    passed: Sequence[int | None],
+    views: Sequence[int | None],
 ) -> tuple[tuple[int | None, ...], dict[int, int]]:
     """Which returned values share memory with each other or with an input."""
     owners: dict[Any, list[int]] = {}
@@ -182,11 +164,9 @@ def _groups(
             groups[at] = number
         if base is not None:
             input_groups[base] = number
-    for at, info in enumerate(metadata.output_info):
-        if passed[at] is None and info.base_idx is not None and groups[at] is None:
-            if info.output_type in (OutputType.alias_of_input,):
-                number = input_groups.setdefault(info.base_idx, len(owners) + at)
-                groups[at] = number
+    for at, base in enumerate(views):
+        if base is not None and groups[at] is None:
+            groups[at] = input_groups.setdefault(base, len(owners) + at)
     return tuple(groups), input_groups
 
 
