@@ -23,6 +23,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.func import functionalize
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = ["Unsure", "expand"]
@@ -136,7 +137,7 @@ class _Expansion:
         values = [placeholders[at] for at in written]
         self._graph.output(tuple(fx.map_arg([*values, *results], self._latest)))
         self._graph.eliminate_dead_code()
-        graph = fx.GraphModule(torch.nn.Module(), self._graph)
+        graph = _make_graph_module(torch.nn.Module(), self._graph)  # its code is written once it is asked for
         return Expanded(graph, written, tuple(places.get(value) for value in results))
 
     def _placeholder(self, node: fx.Node, at: int, real: Any) -> fx.Node:

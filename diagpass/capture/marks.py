@@ -105,7 +105,13 @@ def all_calls(graph: fx.Graph) -> dict[fx.Node, tuple[Call, ...]]:
     Dynamo numbers the calls of a module per path by which it was reached; here a module has one path,
     the shortest, and its calls are numbered in program order. Nodes with the same record have the same tuple.
     """
-    records = {node: _record_of(node) for node in graph.nodes}
+    read: dict[int, Record] = {}  # nodes of a call of a module have one dictionary
+    records = {}
+    for node in graph.nodes:
+        number = id(node.meta.get("nn_module_stack"))
+        if number not in read:
+            read[number] = _record_of(node)
+        records[node] = read[number]
     calls = {record: _calls(record) for record in dict.fromkeys(records.values())}  # in program order
     paths: dict[str, str] = {}
     counts: dict[str, dict[tuple[str, int], int]] = {}

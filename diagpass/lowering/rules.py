@@ -74,7 +74,29 @@ def apply(target: Any, width: Width, args: tuple, kwargs: dict) -> Any:
     if not any(isinstance(leaf, Stacked) for leaf in leaves):
         return target(*args, **kwargs)
     own = RULES.get(target)
-    return _vmapped(target, args, kwargs) if own is None else own(target, width, args, kwargs)
+    if own is not None:
+        return own(target, width, args, kwargs)
+    return _elementwise(target, args, kwargs) or _vmapped(target, args, kwargs)
+
+
+def _elementwise(target: Any, args: tuple, kwargs: dict) -> Stacked | None:
+    """An elementwise operation whose operands align as they are, or None.
+
+    The group axis comes first and operands align at the last axis, so stacked ones must have one rank, and
+    shared ones at most that of a cell. A cell's scalars promote otherwise than tensors: none of those.
+    """
+    tags = getattr(target, "tags", ())
+    if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
+        return None
+    stacked = [arg.tensor for arg in (*args, *kwargs.values()) if isinstance(arg, Stacked)]
+    shared = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
+    rank = stacked[0].dim() if stacked else 0
+    if rank < 2 or any(s.dim() != rank for s in stacked) or any(s.dim() >= rank for s in shared):
+        return None
+    given = [arg.tensor if isinstance(arg, Stacked) else arg for arg in args]
+    named = {name: arg.tensor if isinstance(arg, Stacked) else arg for name, arg in kwargs.items()}
+    found = target(*given, **named)
+    return Stacked(found) if isinstance(found, torch.Tensor) else None
 
 
 def _vmapped(target: Any, args: tuple, kwargs: dict) -> Any:
@@ -179,7 +201,7 @@ def _with_number(target: Any, width: Width, args: tuple, kwargs: dict) -> Any:
         right = apply(aten.mul.Tensor, width, (right, scale), {})
         return apply(target, width, (left, right), kwargs)
     if not (isinstance(right, Stacked) and right.tensor.dim() == 1 and _is_number(right)):
-        return _vmapped(target, args, kwargs)
+        return _elementwise(target, args, kwargs) or _vmapped(target, args, kwargs)
     value = _stack(left, width)
     sample = 1.0 if right.tensor.dtype.is_floating_point else 1
     dtype = torch.result_type(torch.empty((), dtype=value.dtype, device="meta").new_empty(1), sample)
@@ -307,6 +329,36 @@ def _lstm_layer(target: Any, width: Width, args: tuple, kwargs: dict) -> tuple:
     out = torch.stack(outputs, 1)  # the kernel takes and gives tokens first whatever batch_first says
     workspace = torch.empty(0, dtype=torch.uint8, device=x.device)
     return Stacked(out), Stacked(hidden.reshape(shape)), Stacked(state.reshape(shape)), workspace
+
+
+@rule(aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+def _reshape(target: Any, width: Width, args: tuple, kwargs: dict) -> Any:
+    """To a cell's shape behind the group axis."""
+    value, shape = args
+    if -1 in shape:
+        return _vmapped(target, args, kwargs)
+    return Stacked(aten.reshape.default(value.tensor, [width, *shape]))
+
+
+@rule(aten.permute.default, aten.transpose.int, aten.t.default)
+def _permute(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
+    """A permutation of a cell's axes; the group axis stays where it is."""
+    value, *dims = args
+    rank = value.tensor.dim() - 1
+    order = list(range(rank))
+    if target is aten.permute.default:
+        order = [dim % rank for dim in dims[0]]
+    elif rank > 1:
+        first, second = (dim % rank for dim in dims or (0, 1))
+        order[first], order[second] = order[second], order[first]
+    return Stacked(aten.permute.default(value.tensor, [0, *(dim + 1 for dim in order)]))
+
+
+@rule(aten.unsqueeze.default)
+def _unsqueeze(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
+    """A new axis behind the group axis."""
+    value, dim = args
+    return Stacked(target(value.tensor, dim + 1 if dim >= 0 else dim))
 
 
 @rule(aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
