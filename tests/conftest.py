@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,10 @@ import torch._dynamo.config
 # Two test processes share two cores, and Inductor would start a compile worker per core in each.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 torch.set_num_threads(1)
+
+# pytest (9.1 and newer) listens to loggers that do not propagate, too. torch writes its whole trace, each
+# graph as text, as soon as anybody listens to this one, which takes time at every capture.
+logging.getLogger("torch.__trace").propagate = True
 
 
 # Tests with many parameters of which every run takes only some, each test others; DIAGPASS_TESTS=all takes

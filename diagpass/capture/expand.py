@@ -22,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-from torch.func import functionalize
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -256,12 +256,18 @@ class _Expansion:
             )
             return [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
 
+        def with_inputs(*values: torch.Tensor) -> list[torch.Tensor]:
+            made = call(*values)
+            return [*values, *made]
+
         values = [tensor.meta["val"] for tensor in tensors]
+        written: fx.Node | None = None
         try:
             graph = None if writes else make_fx(call)(*values).graph
             if graph is None or any(map(_is_mutable, graph.nodes)):  # or writes into what it made itself
                 results.clear()
-                graph = make_fx(functionalize(call))(*values).graph
+                graph = make_fx(dispatch_functionalize(with_inputs, FunctionalTensorMode()))(*values).graph
+                written = _split_off_inputs(graph, tensors.index(leaves[0]) if writes else None)
         except Unsure:
             raise
         except Exception as error:  # whatever is wrong with it, AOTAutograd is to say
@@ -272,7 +278,6 @@ class _Expansion:
         result = pytree.tree_unflatten(
             [next(made) if leaf is _TENSOR else leaf for leaf in flat], result_spec
         )
-        written = _written(graph, tensors.index(leaves[0])) if writes else None
         return _Trace(graph, result, self._memory_of(graph), written)
 
     def _memory_of(self, graph: fx.Graph) -> dict[fx.Node, tuple[_Memory, ...]]:
@@ -386,17 +391,23 @@ def _is_mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _written(graph: fx.Graph, at: int) -> fx.Node:
-    """The value that a functional trace writes back into its input ``at``; the writing is taken out."""
-    first = graph.find_nodes(op="placeholder")[at]
-    back = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-    if len(back) != 1 or back[0].args[0] is not first or back[0].users:
-        raise Unsure("a call writes elsewhere than into its first argument")
-    value = back[0].args[1]
-    graph.erase_node(back[0])
-    if not isinstance(value, fx.Node):
-        raise Unsure("a call writes a number")
-    return value
+def _split_off_inputs(graph: fx.Graph, at: int | None) -> fx.Node | None:
+    """Leave a trace's own results as its output; returns what became of input ``at``.
+
+    Raises
+    ------
+    Unsure
+        Another input was written, or that one was not.
+    """
+    output = graph.find_nodes(op="output")[0]
+    placeholders = graph.find_nodes(op="placeholder")
+    (values,) = output.args
+    after = values[: len(placeholders)]
+    output.args = (list(values[len(placeholders) :]),)
+    for number, (before, now) in enumerate(zip(placeholders, after, strict=True)):
+        if (now is before) == (number == at):
+            raise Unsure("a call writes elsewhere than into its first argument")
+    return None if at is None else after[at]
 
 
 def _is_plain(node: fx.Node) -> bool:

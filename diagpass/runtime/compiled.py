@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,28 +31,54 @@ _asking = threading.Lock()
 
 
 def get_ready(device_types: Iterable[str]) -> None:
-    """Start the processes in which Inductor compiles kernels, so that they are there when they are needed.
+    """Start what Inductor needs before it can compile its first kernel, so that it is there when needed.
 
-    They take seconds to start and do so beside a capture. Only CUDA's kernels are compiled in processes;
-    torch decides whether and how many it wants (``TORCH_WARM_POOL``, ``TORCHINDUCTOR_COMPILE_THREADS``).
-    What cannot be started now is started when Inductor compiles.
+    It takes seconds and goes on beside a capture: on CUDA the processes that compile kernels (torch decides
+    whether and how many it wants, ``TORCHINDUCTOR_COMPILE_THREADS``), on the CPU a look at what the compiler
+    and the processor can do, and the headers of all kernels, compiled once. What cannot be had now is had
+    when Inductor compiles. With ``TORCH_WARM_POOL=0`` nothing is started.
 
     Parameters
     ----------
     device_types
         Where cells may run, such as ``{"cuda"}``. Nothing is asked for twice.
     """
+    if os.environ.get("TORCH_WARM_POOL", "1") != "1":
+        return
     with _asking:
-        if "cuda" not in device_types or "cuda" in _asked:
-            return
-        _asked.add("cuda")
-        begin = time.perf_counter()
-        try:
-            importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
-        except Exception as error:  # torch's own affair; without it all is as good, only later
-            log.info("no process is started ahead (%s: %s)", type(error).__name__, error)
-            return
-        log.info("processes that compile are starting (%.1f s)", time.perf_counter() - begin)
+        wanted = {"cuda", "cpu"} & set(device_types) - _asked
+        _asked.update(wanted)
+        if "cuda" in wanted:
+            _try("processes that compile", _start_processes)
+        if "cpu" in wanted:
+            what = "the C++ compiler", _compile_nothing
+            threading.Thread(target=_try, args=what, name="diagpass get ready", daemon=True).start()
+
+
+def _try(what: str, start: Callable[[], Any]) -> None:
+    begin = time.perf_counter()
+    try:
+        start()
+    except Exception as error:  # torch's own affair; without it all is as good, only later
+        log.info("%s: not ready ahead (%s: %s)", what, type(error).__name__, error)
+        return
+    log.info("%s: ready or on the way (%.1f s)", what, time.perf_counter() - begin)
+
+
+def _start_processes() -> None:
+    importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
+
+
+def _compile_nothing() -> None:
+    """Have Inductor's C++ compiler make a kernel that does nothing, with all that its first kernel takes."""
+    cache = importlib.import_module("torch._inductor.codecache").CppPythonBindingsCodeCache
+    cache.load_pybinding(["float*"], _NOTHING)
+
+
+_NOTHING = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* nothing) {}
+"""
 
 
 class InductorKind(torch.nn.Module):
