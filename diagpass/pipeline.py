@@ -237,8 +237,8 @@ def lower(
             waves,
             plan,
             wrap=InductorKind if compiled else lambda graph, name: graph,
-            wrap_group=lambda kind, width, shared, graph, stacked, name: forms.group(
-                kind, kind.index, width, shared, Traced(graph, stacked), name
+            wrap_group=lambda kind, width, shared, graph, stacked, name, several: forms.group(
+                kind, kind.index, width, shared, Traced(graph, stacked), name, several=several
             ),
             numbers_as_tensors=compiled,
         )

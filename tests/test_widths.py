@@ -26,7 +26,8 @@ from diagpass.runtime.compiled import InductorKind, InductorWidths
 from diagpass.runtime.forms import Forms
 from tests import rolled_models as models
 from tests import tape
-from tests.helpers import fast_copy
+from tests.helpers import assert_same, fast_copy
+from tests.models import ZOO
 from tests.rolled_models import B, D, T
 
 DEEP = 7  # layers: the ramps are 2 to 6 cells wide
@@ -346,3 +347,12 @@ def test_products_accumulate_at_each_width(compiler: str, monkeypatch: pytest.Mo
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
         assert holds(symbol, width)
     assert not symbol.node.shape_env.guards
+
+
+def test_two_compilations_serve_an_unrolled_run(compiled: list[str]) -> None:
+    """On the CPU; its groups have several widths, its corners are single cells."""
+    model, inputs = ZOO["attribute"]()
+    report = assert_same(model, inputs, options={"compiler": "inductor"}, ran="wavefront")
+    assert report.mean_width > 1
+    assert [name for name in compiled if name.endswith("any_width")], compiled
+    assert not [name for name in compiled if "_w" in name and not name.endswith("any_width")], compiled

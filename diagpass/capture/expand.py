@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = ["Unsure", "expand"]
 
+_FUNCTIONS: Any = getattr(torch._C, "_VariableFunctions")  # noqa: B009  the operations of torch's namespace
 _TENSOR = object()  # stands for a tensor among results
 _KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")  # of Dynamo's record of a call
 
@@ -103,7 +104,7 @@ class _Trace:
 class _Memory:
     """Where a result lies: its geometry, and which earlier value's memory it lies in, if in one's."""
 
-    like: torch.Tensor
+    like: FakeTensor
     owner: tuple[fx.Node, int] | None
 
 
@@ -185,8 +186,8 @@ class _Expansion:
         writes = _writes(node)
         if not writes and not _is_plain(node):
             raise Unsure(f"{node.target} in the graph")
-        objects = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
-        given = fx.map_arg(objects, self._latest)
+        objects: Any = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        given: Any = fx.map_arg(objects, self._latest)
         leaves, spec = pytree.tree_flatten(given)
         tensors = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
         place = {tensor: at for at, tensor in enumerate(tensors)}
@@ -228,10 +229,11 @@ class _Expansion:
         if getattr(node.target, "__name__", "") not in _ARITHMETIC or node.kwargs:
             raise Unsure(f"{node.target} of numbers that change")
         args, _ = given
-        value = node.target(*fx.map_arg(args, lambda argument: argument.meta["val"]))
+        operation: Any = node.target
+        value = operation(*fx.map_arg(args, lambda argument: argument.meta["val"]))
         if not isinstance(value, torch.SymInt):
             raise Unsure(f"{node.target} makes a {type(value).__name__} of numbers that change")
-        made = self._graph.call_function(node.target, args)
+        made = self._graph.call_function(operation, args)
         made.meta = {**_kept(node), "val": value}
         return made
 
@@ -239,15 +241,16 @@ class _Expansion:
         self, node: fx.Node, leaves: list[Any], spec: Any, tensors: list[fx.Node], writes: bool
     ) -> _Trace:
         results: list[Any] = []
+        operation: Any = node.target
 
         def call(*values: torch.Tensor) -> list[torch.Tensor]:
             by_node = dict(zip(tensors, values, strict=True))
             filled = [by_node[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(filled, spec)
             if node.op == "call_method":
-                result = getattr(args[0], node.target)(*args[1:], **kwargs)
+                result = getattr(args[0], operation)(*args[1:], **kwargs)
             else:
-                result = node.target(*args, **kwargs)
+                result = operation(*args, **kwargs)
             flat, result_spec = pytree.tree_flatten(result)
             if not writes and not any(isinstance(leaf, torch.Tensor) for leaf in flat):
                 raise Unsure(f"{node.target} has no tensor as its result")
@@ -327,7 +330,7 @@ class _Expansion:
     def _value(self, old: fx.Node, trace: _Trace, new: dict[fx.Node, fx.Node]) -> Any:
         """A fake result of its own for a copied call, in the memory that it would lie in."""
         if old.target is operator.getitem:
-            source, at = old.args
+            source, at = cast(tuple, old.args)
             return new[source].meta["val"][at]
         if isinstance(old.meta["val"], torch.SymInt):
             return old.meta["val"]
@@ -359,7 +362,7 @@ def _constant(leaf: Any) -> Hashable:
     return (type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf)
 
 
-def _geometry(node: fx.Node) -> Hashable:
+def _geometry(node: fx.Node) -> tuple:
     """All of a tensor that the trace of a call may depend on."""
     value = node.meta["val"]
     if isinstance(value, torch.SymInt):
@@ -427,7 +430,7 @@ def _is_plain(node: fx.Node) -> bool:
     name, module = getattr(node.target, "__name__", "_"), getattr(node.target, "__module__", None)
     if module == operator.add.__module__:
         return True
-    private = name.startswith("_") and getattr(torch._C._VariableFunctions, name, None) is not node.target
+    private = name.startswith("_") and getattr(_FUNCTIONS, name, None) is not node.target
     return module in _PLAIN_MODULES and not private and not name.endswith("_")
 
 

@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 Wrap = Callable[[fx.GraphModule, str], torch.nn.Module]
-WrapGroup = Callable[[Kind, int, tuple[bool, ...], fx.GraphModule, tuple[bool, ...], str], torch.nn.Module]
+WrapGroup = Callable[
+    [Kind, int, tuple[bool, ...], fx.GraphModule, tuple[bool, ...], str, bool], torch.nn.Module
+]
 
 
 def restride(value: Any, stride: Sequence[int], fresh: bool) -> Any:
@@ -92,6 +94,7 @@ class _Emitter:
         self.root = torch.nn.Module()
         self.values: dict[fx.Node, fx.Node | _Row] = {}
         self.numbers: dict[tuple, fx.Node] = {}
+        self.widths: dict[int, set[int]] = {}  # per kind: those of its groups
         self.forms: dict[tuple, tuple[bool, ...] | None] = {}
         self.notes: dict[str, None] = {}
         self.obstacles: dict[int, str] = {}
@@ -105,6 +108,9 @@ class _Emitter:
                 placeholder = self.values[node] = self.graph.placeholder(node.name)
                 placeholder.meta = dict(node.meta)
         self.stacks = [self.graph.placeholder(f"stack_{at}") for at in range(len(self.weights.stacks))]
+        for group in (group for wave in schedule.waves for group in wave.groups):
+            if len(group.cells) > 1:
+                self.widths.setdefault(group.kind, set()).add(len(group.cells))
         for self.wave, wave in enumerate(schedule.waves):
             before = len(self.graph.nodes)
             for group in wave.groups:
@@ -194,7 +200,8 @@ class _Emitter:
                 self.forms[key] = None
             else:
                 name = self._name(kind, width, shared)
-                made = self.wrap_group(kind, width, shared, traced, stacked, name)
+                several = len(self.widths.get(kind.index, ())) > 1
+                made = self.wrap_group(kind, width, shared, traced, stacked, name, several)
                 self.root.add_module(name, made)
                 self.forms[key] = stacked
         return self.forms[key]
@@ -356,7 +363,7 @@ def emit(
         Makes the submodule that runs one cell (compiled or not) from its kind's graph and its name.
     wrap_group
         Makes the submodule that runs a group from its kind, width, which operands are shared, the batched
-        graph, which of its results are stacked, and its name.
+        graph, which of its results are stacked, its name, and whether the kind has groups of other widths.
     numbers_as_tensors
         Whether numbers that differ by layer are tensors in single cells too (one compilation then
         serves all layers).

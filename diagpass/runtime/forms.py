@@ -33,7 +33,7 @@ from diagpass.lowering.batch import batch_kind, device_of
 from diagpass.lowering.gated import gate
 from diagpass.lowering.inplace import Result, results_of, write_results
 from diagpass.lowering.products import Product, products, with_loops
-from diagpass.lowering.widths import width_of
+from diagpass.lowering.widths import batch_any_width, same_program, width_of
 from diagpass.options import Options
 from diagpass.runtime.compiled import InductorKind, InductorWidths
 
@@ -123,6 +123,7 @@ class Forms:
         self.options = options
         self.made: list[GroupForm] = []
         self._singles: dict[Hashable, _Single | None] = {}
+        self._commons: dict[Hashable, torch.nn.Module | None] = {}
 
     def serves_any_width(self, kind: Kind) -> bool:
         """Whether one form may run groups of any width: one that is chosen, or in pieces, is for one."""
@@ -137,6 +138,7 @@ class Forms:
         traced: Traced,
         name: str,
         given: bool = False,
+        several: bool = False,
     ) -> torch.nn.Module:
         """What runs a group.
 
@@ -152,6 +154,10 @@ class Forms:
         given
             Whether the results, all stacked, are written to tensors given after the operands; else they are
             returned.
+        several
+            Whether groups of the same kind and other widths follow. One compiled form then serves them all
+            where that is the form for each: on the CPU it is as fast as those for one width, and each of them
+            takes many seconds to compile.
         """
         device = device_of(kind)
         measured = is_measured(self.options, device)
@@ -169,14 +175,34 @@ class Forms:
         form.looped = len(looped)
         single = self._single(kind, key, traced) if alone else None
         if single is None or measured:
-            graph = with_loops(traced.graph, looped)
             whole = "looped" if self.options.form == "looped" else "batched"
-            form.candidates[whole] = self._compiled(graph, name, given)
+            common = (
+                None if looped or given or not several else self._common(kind, key, width, shared, traced)
+            )
+            form.candidates[whole] = common or self._compiled(with_loops(traced.graph, looped), name, given)
         if single is not None:
             form.candidates["single"] = _OneByOne(single, shared, width, given)
         form.key = (traced.graph.code, shared, len(looped), self.options.compiler, given)
         self.made.append(form)
         return form
+
+    def _common(
+        self, kind: Kind, key: Hashable, width: int, shared: tuple[bool, ...], traced: Traced
+    ) -> torch.nn.Module | None:
+        """The compiled form that serves groups of several widths, None if this width is to have its own."""
+        if self.options.compiler != "inductor":
+            return None
+        place = key, shared
+        if place not in self._commons:
+            self._commons[place] = None
+            try:
+                graph, stacked = batch_any_width(kind, shared)
+            except BatchingError as error:
+                log.info("kind %d has no form for any width: %s", kind.index, error)
+                return None
+            if stacked == traced.stacked and same_program(graph, width, traced.graph):
+                self._commons[place] = self._compiled(graph, f"kind{kind.index}_any_width", given=False)
+        return self._commons[place]
 
     def _single(self, kind: Kind, key: Hashable, traced: Traced) -> _Single | None:
         """The graph of one cell, which writes its results; None if the kind has none."""
