@@ -14,6 +14,7 @@ import diagpass
 from diagpass import SegmentLoop
 from diagpass.errors import BatchingError
 from diagpass.ir import Kind
+from diagpass.kernels.choose import Choice
 from diagpass.lowering import widths as widths_module
 from diagpass.lowering.batch import batch_kind
 from diagpass.lowering.inplace import results_of, write_results
@@ -22,6 +23,7 @@ from diagpass.options import Options
 from diagpass.rolled import kinds as kinds_module
 from diagpass.rolled import run as run_module
 from diagpass.rolled.waves import Direct, Replayed
+from diagpass.runtime import forms as forms_module
 from diagpass.runtime.compiled import InductorKind, InductorWidths
 from diagpass.runtime.forms import Forms
 from tests import rolled_models as models
@@ -349,8 +351,10 @@ def test_products_accumulate_at_each_width(compiler: str, monkeypatch: pytest.Mo
     assert not symbol.node.shape_env.guards
 
 
-def test_two_compilations_serve_an_unrolled_run(compiled: list[str]) -> None:
+def test_two_compilations_serve_an_unrolled_run(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU; its groups have several widths, its corners are single cells."""
+    batched = Choice("batched", {"batched": 1.0, "looped": 2.0})
+    monkeypatch.setattr(forms_module, "_measured", lambda product: batched)
     model, inputs = ZOO["attribute"]()
     report = assert_same(model, inputs, options={"compiler": "inductor"}, ran="wavefront")
     assert report.mean_width > 1
