@@ -161,8 +161,12 @@ class Forms:
         """
         device = device_of(kind)
         measured = is_measured(self.options, device)
-        if width is None or width == 1 or self.serves_any_width(kind):
+        if width is None or width == 1:
             return self._compiled(traced.graph, name, given)
+        several = several and not given and device.type == "cpu"
+        if self.serves_any_width(kind):
+            common = self._common(kind, key, width, shared, traced) if several else None
+            return common or self._compiled(traced.graph, name, given)
         form = GroupForm(key, width, name, device)
         found = products(traced.graph)
         form.count = len(found)
