@@ -334,3 +334,27 @@ def test_a_result_that_is_an_input_is_that_input() -> None:
     with torch.no_grad():
         _, same, part = fast(given)
     assert same is given and part.data_ptr() == given.data_ptr()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_around_a_call(grad: bool) -> None:
+    """The casts are in the graph; what runs it must not cast again."""
+    torch.manual_seed(0)
+    model = Stack("copy").eval().requires_grad_(False)
+    plain, fast = copy.deepcopy(model), diagpass.transform(model, options={"compiler": "eager"})
+    given = torch.randn(2, 8, D)
+    for _ in range(2):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            want, got = plain(given), fast(given)
+        assert fast.report is not None and fast.report.ran == "wavefront"
+        assert got.dtype == want.dtype and not got.requires_grad
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert plain.layers[0].state.dtype == fast.layers[0].state.dtype
+
+
+def test_what_nobody_thought_of_goes_to_aot_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("diagpass.capture.expand._kept", fail)
+    assert_same(Stack("copy").double().eval(), (x(2, 8, D),), ran="wavefront")

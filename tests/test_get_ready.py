@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -39,7 +40,15 @@ def asked(monkeypatch: Any) -> list[set[str]]:
     return found
 
 
-def test_they_are_asked_for_once(monkeypatch: Any) -> None:
+@pytest.fixture
+def compilers(monkeypatch: Any) -> list[threading.Thread]:
+    """The threads that try the C++ compiler, which does nothing here."""
+    found: list[threading.Thread] = []
+    monkeypatch.setattr(compiled, "_compile_nothing", lambda: found.append(threading.current_thread()))
+    return found
+
+
+def test_they_are_asked_for_once(monkeypatch: Any, compilers: list[threading.Thread]) -> None:
     calls: list[int] = []
     monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: calls.append(1))
     compiled.get_ready({"cpu"})
@@ -65,6 +74,42 @@ def test_none_is_started_where_torch_is_told_not_to(monkeypatch: Any) -> None:
     before = async_compile.AsyncCompile.process_pool.cache_info()
     compiled.get_ready({"cuda"})
     assert async_compile.AsyncCompile.process_pool.cache_info() == before
+
+
+def joined(compilers: list[threading.Thread]) -> list[threading.Thread]:
+    for thread in threading.enumerate():
+        if thread.name == "diagpass get ready":
+            thread.join()
+    return compilers
+
+
+def test_the_compiler_is_tried_once_beside_the_capture(
+    monkeypatch: Any, compilers: list[threading.Thread]
+) -> None:
+    for _ in range(3):
+        compiled.get_ready({"cpu"})
+    (thread,) = joined(compilers)
+    assert thread is not threading.current_thread() and thread.daemon
+    monkeypatch.setenv("TORCH_WARM_POOL", "0")
+    monkeypatch.setattr(compiled, "_asked", set())
+    compiled.get_ready({"cpu"})
+    assert len(joined(compilers)) == 1
+
+
+def test_a_machine_without_a_compiler(monkeypatch: Any, caplog: Any) -> None:
+    def fail() -> None:
+        raise OSError("no compiler to be had")
+
+    monkeypatch.setattr(compiled, "_compile_nothing", fail)
+    with caplog.at_level("INFO", "diagpass"):
+        compiled.get_ready({"cpu"})
+        joined([])
+    assert "no compiler to be had" in caplog.text
+
+
+def test_the_compiler_really_compiles() -> None:
+    """What is asked of Inductor exists in this torch."""
+    compiled._compile_nothing()
 
 
 def test_a_first_call_asks_before_it_captures(asked: list[set[str]]) -> None:

@@ -86,8 +86,13 @@ def expand(gm: fx.GraphModule, inputs: Sequence[Any]) -> Expanded:
         raise Unsure("inference mode")
     if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in inputs):
         raise Unsure("gradients")
-    with torch.no_grad(), mode, enable_python_dispatcher():
-        return _Expansion(gm, mode).run(inputs)
+    try:
+        with torch.no_grad(), mode, enable_python_dispatcher():
+            return _Expansion(gm, mode).run(inputs)
+    except Unsure:
+        raise
+    except Exception as error:  # something that nobody thought of
+        raise Unsure(f"{type(error).__name__}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

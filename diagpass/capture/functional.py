@@ -8,9 +8,10 @@ a forward and a backward one; only the forward one is handed to ``lower``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def functionalize(
 
     expanded = _expanded(gm, inputs)
     if expanded is not None and not _shares_memory_with_inputs(expanded):
-        program = (inference or lower)(expanded.graph, _values(expanded.graph), expanded.written)
+        with _as_compiled():
+            program = (inference or lower)(expanded.graph, _values(expanded.graph), expanded.written)
         return _writing_back(program, expanded.written)
     compile_functional = aot_autograd(
         fw_compiler=forward,
@@ -155,17 +157,25 @@ def _written() -> tuple[int, ...]:
     return tuple(getattr(metadata, "mutated_inp_runtime_indices", ()) or ())
 
 
+@contextlib.contextmanager
+def _as_compiled() -> Iterator[None]:
+    """The modes in which a functional graph is compiled and runs: casts and detachments are in it already."""
+    with torch.no_grad(), torch._C._DisableAutocast():
+        yield
+
+
 def _writing_back(program: Callable[..., Any], written: Sequence[int]) -> Callable[..., Any]:
-    """Run a program without gradients; its first results go to the inputs that the graph writes."""
+    """Run a functional program as what it is; its first results go to the inputs that the graph writes."""
 
     def run(*args: Any) -> Any:
-        with torch.no_grad():
+        with _as_compiled():
             results = program(*args)
             for at, value in zip(written, results, strict=False):
                 args[at].copy_(value)
         return results[len(written) :]
 
-    return run if written or torch.is_grad_enabled() else program
+    modes = torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()  # Dynamo guards both
+    return run if written or modes else program
 
 
 def _expanded(gm: fx.GraphModule, inputs: Sequence[Any]) -> Expanded | None:
