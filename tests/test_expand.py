@@ -151,6 +151,17 @@ def one_operand_twice(h: Tensor) -> Tensor:
     return (h + h) * torch.sub(h, other) + torch.sub(other, other)
 
 
+def operands_in_another_order(h: Tensor) -> tuple[Tensor, Tensor]:
+    other = h + 1
+    return torch.addcmul(h, other, h), torch.addcmul(h, other, other)
+
+
+def other_strides(h: Tensor) -> tuple[Tensor, ...]:
+    square = h[0, :, :3].contiguous()
+    part = h[0, :, 3:6]
+    return square.reshape(9), square.mT.reshape(9), part.reshape(9), part.contiguous()
+
+
 def several_results(h: Tensor) -> tuple[Tensor, ...]:
     a, b, c = h.split(2, -1)
     value, index = (a + b).topk(1, dim=-1)
@@ -170,6 +181,21 @@ def slices(h: Tensor) -> Tensor:
     return h[:, 1:, ::2].sum() + h[:, :-1, ::2].sum() + h[..., None, 0].sum()
 
 
+@torch.library.custom_op("diagpass_tests::counted", mutates_args=())
+def counted(h: Tensor) -> tuple[Tensor, int]:
+    return h + 1, 3
+
+
+@counted.register_fake
+def _(h: Tensor) -> tuple[Tensor, int]:
+    return torch.empty_like(h), 3
+
+
+def a_number_among_results(h: Tensor) -> Tensor:
+    """Flash attention on CUDA has some."""
+    return counted(counted(h)[0])[0] * 2
+
+
 def same_tensor(h: Tensor) -> tuple[Tensor, Tensor]:
     packed = (h + 1).contiguous()
     return packed.to(torch.float64), packed.transpose(0, 1).mT
@@ -177,7 +203,17 @@ def same_tensor(h: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "function",
-    [numbers, one_operand_twice, several_results, local_writes, slices, same_tensor],
+    [
+        numbers,
+        one_operand_twice,
+        operands_in_another_order,
+        other_strides,
+        several_results,
+        local_writes,
+        slices,
+        same_tensor,
+        a_number_among_results,
+    ],
     ids=lambda function: function.__name__,
 )
 def test_functions(function: Callable[..., Any]) -> None:

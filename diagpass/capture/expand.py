@@ -101,7 +101,7 @@ class _Trace:
 
     graph: fx.Graph
     result: Any
-    memory: dict[fx.Node, tuple[_Memory, ...]]
+    memory: dict[fx.Node, tuple[_Memory | None, ...]]
     written: fx.Node | None = None  # the new value of the call's first argument, if it writes it
 
 
@@ -288,7 +288,8 @@ class _Expansion:
         )
         return _Trace(graph, result, self._memory_of(graph), written)
 
-    def _memory_of(self, graph: fx.Graph) -> dict[fx.Node, tuple[_Memory, ...]]:
+    def _memory_of(self, graph: fx.Graph) -> dict[fx.Node, tuple[_Memory | None, ...]]:
+        """Per node and result where it lies, None for a number."""
         owners: dict[int, tuple[fx.Node, int]] = {}
         found = {}
         for node in graph.nodes:
@@ -300,10 +301,14 @@ class _Expansion:
                 raise Unsure(f"{node.op} {node.target}")
             memory = []
             for at, value in enumerate(pytree.tree_leaves(node.meta.get("val"))):
+                if type(value) in (int, float, bool, type(None)):
+                    memory.append(None)
+                    continue
                 self._check(value)
                 if isinstance(value, torch.SymInt):
                     if len(node.users) and node.op == "call_function":
                         raise Unsure(f"{node.target} computes with numbers that change")
+                    memory.append(None)
                     continue
                 memory.append(_Memory(value, owners.get(_storage(value))))
                 owners.setdefault(_storage(value), (node, at))
@@ -337,21 +342,25 @@ class _Expansion:
         if old.target is operator.getitem:
             source, at = cast(tuple, old.args)
             return new[source].meta["val"][at]
-        if isinstance(old.meta["val"], torch.SymInt):
-            return old.meta["val"]
-        spec = pytree.tree_structure(old.meta["val"])
-        made: list[torch.Tensor] = []
+        leaves, spec = pytree.tree_flatten(old.meta["val"])
+        made: list[Any] = []
         with in_kernel_invocation_manager(self._mode):
-            for memory in trace.memory[old]:
-                like, geometry = memory.like, (memory.like.shape, memory.like.stride())
-                if memory.owner is None:
-                    bare = torch.empty_strided(*geometry, dtype=like.dtype, device="meta")
-                else:
-                    owner, at = memory.owner
-                    base = made if owner is old else pytree.tree_leaves(new[owner].meta["val"])
-                    bare = torch.as_strided(base[at], *geometry, like.storage_offset())
-                made.append(FakeTensor(self._mode, bare, like.fake_device))
+            for leaf, memory in zip(leaves, trace.memory[old], strict=True):
+                made.append(leaf if memory is None else self._tensor(memory, old, made, new))
         return pytree.tree_unflatten(made, spec)
+
+    def _tensor(
+        self, memory: _Memory, node: fx.Node, before: list[Any], new: dict[fx.Node, fx.Node]
+    ) -> FakeTensor:
+        """A tensor like one of a trace; ``before`` are the results of its node ahead of it."""
+        like, geometry = memory.like, (memory.like.shape, memory.like.stride())
+        if memory.owner is None:
+            bare = torch.empty_strided(*geometry, dtype=like.dtype, device="meta")
+        else:
+            owner, at = memory.owner
+            base = before if owner is node else pytree.tree_leaves(new[owner].meta["val"])
+            bare = torch.as_strided(base[at], *geometry, like.storage_offset())
+        return FakeTensor(self._mode, bare, like.fake_device)
 
 
 def _kept(node: fx.Node) -> dict[str, Any]:
