@@ -259,6 +259,7 @@ def number_in_turn(modules: Iterable[torch.nn.Module]) -> None:
     for module in modules:
         for form in module.candidates.values() if isinstance(module, GroupForm) else (module,):
             graph = form.single.run if isinstance(form, _OneByOne) else form
+            graph = graph.common if isinstance(graph, InductorWidths) else graph
             if isinstance(graph, InductorKind):
                 found[graph] = None
     for at, graph in enumerate(found):
