@@ -88,6 +88,8 @@ def _elementwise(target: Any, args: tuple, kwargs: dict) -> Stacked | None:
     tags = getattr(target, "tags", ())
     if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
         return None
+    if kwargs.get("memory_format") in (torch.channels_last, torch.channels_last_3d):
+        return None  # a layout of a cell's axes
     stacked = [arg.tensor for arg in (*args, *kwargs.values()) if isinstance(arg, Stacked)]
     shared = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)]
     rank = stacked[0].dim() if stacked else 0
