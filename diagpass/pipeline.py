@@ -237,10 +237,11 @@ def lower(
             waves,
             plan,
             wrap=InductorKind if compiled else lambda graph, name: graph,
-            wrap_group=lambda kind, width, shared, graph, stacked, name, several: forms.group(
-                kind, kind.index, width, shared, Traced(graph, stacked), name, several=several
+            wrap_group=lambda kind, width, shared, graph, stacked, name, common: forms.group(
+                kind, kind.index, width, shared, Traced(graph, stacked), name, common=common
             ),
             numbers_as_tensors=compiled,
+            any_width=compiled,
         )
     number_in_turn(emitted.module.children())
     artifact("diagpass_after", lambda: emitted.module.print_readable(print_output=False))

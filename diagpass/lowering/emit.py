@@ -27,6 +27,7 @@ from diagpass.errors import BatchingError
 from diagpass.ir import CellGraph, Group, Kind, Schedule
 from diagpass.lowering.batch import batch_kind, device_of
 from diagpass.lowering.weights import WeightPlan
+from diagpass.lowering.widths import at_width, batch_any_width, holds, same_program, width_of
 from diagpass.stages import say
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ aten = torch.ops.aten
 
 Wrap = Callable[[fx.GraphModule, str], torch.nn.Module]
 WrapGroup = Callable[
-    [Kind, int, tuple[bool, ...], fx.GraphModule, tuple[bool, ...], str, bool], torch.nn.Module
+    [Kind, int, tuple[bool, ...], fx.GraphModule, tuple[bool, ...], str, fx.GraphModule | None],
+    torch.nn.Module,
 ]
 
 
@@ -87,15 +89,17 @@ class _Emitter:
         wrap: Wrap,
         wrap_group: WrapGroup,
         literal_batched: bool,
+        any_width: bool,
     ) -> None:
         self.cells, self.weights, self.wrap, self.wrap_group = cells, weights, wrap, wrap_group
-        self.literal_batched = literal_batched
+        self.literal_batched, self.any_width = literal_batched, any_width
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.values: dict[fx.Node, fx.Node | _Row] = {}
         self.numbers: dict[tuple, fx.Node] = {}
         self.widths: dict[int, set[int]] = {}  # per kind: those of its groups
         self.forms: dict[tuple, tuple[bool, ...] | None] = {}
+        self.commons: dict[tuple, tuple[fx.GraphModule, tuple[bool, ...]] | None] = {}
         self.notes: dict[str, None] = {}
         self.obstacles: dict[int, str] = {}
         self.batched_cells = 0
@@ -190,7 +194,7 @@ class _Emitter:
         if key not in self.forms:
             say(f"batch: kind{kind.index} for {width} cells")
             try:
-                traced, stacked = batch_kind(kind, width, shared)
+                traced, stacked, common = self._trace(kind, width, shared)
             except BatchingError as error:
                 first = self.cells.cells[kind.cells[0]]
                 self.obstacles[kind.index] = str(error)
@@ -200,11 +204,43 @@ class _Emitter:
                 self.forms[key] = None
             else:
                 name = self._name(kind, width, shared)
-                several = len(self.widths.get(kind.index, ())) > 1
-                made = self.wrap_group(kind, width, shared, traced, stacked, name, several)
+                made = self.wrap_group(kind, width, shared, traced, stacked, name, common)
                 self.root.add_module(name, made)
                 self.forms[key] = stacked
         return self.forms[key]
+
+    def _trace(
+        self, kind: Kind, width: int, shared: tuple[bool, ...]
+    ) -> tuple[fx.GraphModule, tuple[bool, ...], fx.GraphModule | None]:
+        """The batched form for a width, which results are stacked, and the form for any width or None.
+
+        The latter is made for a kind with groups of several widths, held against the form for the first of
+        them, and the others follow from it.
+        """
+        key = (kind.index, shared)
+        common = self.commons.get(key)
+        symbol = width_of(common[0]) if common is not None and width > 1 else None
+        if common is not None and symbol is not None and holds(symbol, width):
+            return at_width(common[0], width), common[1], common[0]
+        traced, stacked = batch_kind(kind, width, shared)
+        if (
+            width == 1
+            or key in self.commons
+            or len(self.widths.get(kind.index, ())) < 2
+            or not self.any_width
+        ):
+            return traced, stacked, None
+        self.commons[key] = None
+        if device_of(kind).type == "cpu":
+            try:
+                graph, same_stacked = batch_any_width(kind, shared)
+            except BatchingError as error:
+                log.info("kind %d has a form for each width: %s", kind.index, error)
+                return traced, stacked, None
+            if same_stacked == stacked and same_program(graph, width, traced):
+                self.commons[key] = graph, stacked
+                return traced, stacked, graph
+        return traced, stacked, None
 
     def _name(self, kind: Kind, width: int, shared: tuple[bool, ...]) -> str:
         same = [key for key in self.forms if key[:2] == (kind.index, width)]
@@ -352,6 +388,7 @@ def emit(
     wrap: Wrap,
     wrap_group: WrapGroup,
     numbers_as_tensors: bool = False,
+    any_width: bool = False,
 ) -> Emitted:
     """Build the wavefront graph.
 
@@ -363,11 +400,14 @@ def emit(
         Makes the submodule that runs one cell (compiled or not) from its kind's graph and its name.
     wrap_group
         Makes the submodule that runs a group from its kind, width, which operands are shared, the batched
-        graph, which of its results are stacked, its name, and whether the kind has groups of other widths.
+        graph, which of its results are stacked, its name, and the graph for any width (or None).
     numbers_as_tensors
         Whether numbers that differ by layer are tensors in single cells too (one compilation then
         serves all layers).
+    any_width
+        Whether kinds on the CPU that have groups of several widths get a graph for any width: compiled, it is
+        as fast there as those for one width, each of which takes many seconds to compile.
     """
-    emitted = _Emitter(cells, weights, wrap, wrap_group, numbers_as_tensors).run(schedule)
+    emitted = _Emitter(cells, weights, wrap, wrap_group, numbers_as_tensors, any_width).run(schedule)
     log.debug("emitted %d nodes, %d cells batched", len(emitted.module.graph.nodes), emitted.batched_cells)
     return emitted

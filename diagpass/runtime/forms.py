@@ -33,7 +33,7 @@ from diagpass.lowering.batch import batch_kind, device_of
 from diagpass.lowering.gated import gate
 from diagpass.lowering.inplace import Result, results_of, write_results
 from diagpass.lowering.products import Product, products, with_loops
-from diagpass.lowering.widths import batch_any_width, same_program, width_of
+from diagpass.lowering.widths import width_of
 from diagpass.options import Options
 from diagpass.runtime.compiled import InductorKind, InductorWidths
 
@@ -123,7 +123,7 @@ class Forms:
         self.options = options
         self.made: list[GroupForm] = []
         self._singles: dict[Hashable, _Single | None] = {}
-        self._commons: dict[Hashable, torch.nn.Module | None] = {}
+        self._commons: dict[fx.GraphModule, torch.nn.Module] = {}
 
     def serves_any_width(self, kind: Kind) -> bool:
         """Whether one form may run groups of any width: one that is chosen, or in pieces, is for one."""
@@ -138,7 +138,7 @@ class Forms:
         traced: Traced,
         name: str,
         given: bool = False,
-        several: bool = False,
+        common: fx.GraphModule | None = None,
     ) -> torch.nn.Module:
         """What runs a group.
 
@@ -154,19 +154,16 @@ class Forms:
         given
             Whether the results, all stacked, are written to tensors given after the operands; else they are
             returned.
-        several
-            Whether groups of the same kind and other widths follow. One compiled form then serves them all
-            where that is the form for each: on the CPU it is as fast as those for one width, and each of them
-            takes many seconds to compile.
+        common
+            A graph for any width that is the same program at this one: compiled once, it serves all groups
+            whose products all run batched.
         """
         device = device_of(kind)
         measured = is_measured(self.options, device)
         if width is None or width == 1:
             return self._compiled(traced.graph, name, given)
-        several = several and not given and device.type == "cpu"
         if self.serves_any_width(kind):
-            common = self._common(kind, key, width, shared, traced) if several else None
-            return common or self._compiled(traced.graph, name, given)
+            return self._batched(traced, kind, common, name, given)
         form = GroupForm(key, width, name, device)
         found = products(traced.graph)
         form.count = len(found)
@@ -180,33 +177,25 @@ class Forms:
         single = self._single(kind, key, traced) if alone else None
         if single is None or measured:
             whole = "looped" if self.options.form == "looped" else "batched"
-            common = (
-                None if looped or given or not several else self._common(kind, key, width, shared, traced)
-            )
-            form.candidates[whole] = common or self._compiled(with_loops(traced.graph, looped), name, given)
+            if looped:
+                form.candidates[whole] = self._compiled(with_loops(traced.graph, looped), name, given)
+            else:
+                form.candidates[whole] = self._batched(traced, kind, common, name, given)
         if single is not None:
             form.candidates["single"] = _OneByOne(single, shared, width, given)
         form.key = (traced.graph.code, shared, len(looped), self.options.compiler, given)
         self.made.append(form)
         return form
 
-    def _common(
-        self, kind: Kind, key: Hashable, width: int, shared: tuple[bool, ...], traced: Traced
-    ) -> torch.nn.Module | None:
-        """The compiled form that serves groups of several widths, None if this width is to have its own."""
-        if self.options.compiler != "inductor":
-            return None
-        place = key, shared
-        if place not in self._commons:
-            self._commons[place] = None
-            try:
-                graph, stacked = batch_any_width(kind, shared)
-            except BatchingError as error:
-                log.info("kind %d has no form for any width: %s", kind.index, error)
-                return None
-            if stacked == traced.stacked and same_program(graph, width, traced.graph):
-                self._commons[place] = self._compiled(graph, f"kind{kind.index}_any_width", given=False)
-        return self._commons[place]
+    def _batched(
+        self, traced: Traced, kind: Kind, common: fx.GraphModule | None, name: str, given: bool
+    ) -> torch.nn.Module:
+        """The batched form, shared with groups of other widths where there is a graph for all of them."""
+        if common is None or self.options.compiler != "inductor":
+            return self._compiled(traced.graph, name, given)
+        if common not in self._commons:
+            self._commons[common] = self._compiled(common, f"kind{kind.index}_any_width", given)
+        return self._commons[common]
 
     def _single(self, kind: Kind, key: Hashable, traced: Traced) -> _Single | None:
         """The graph of one cell, which writes its results; None if the kind has none."""
