@@ -35,6 +35,7 @@ from diagpass.pipeline import Analysis, Refusal
 from diagpass.report import Report, make_report
 from diagpass.stages import say
 from diagpass.state import Snapshot
+from diagpass.uncollected import uncollected
 from diagpass.verify import Reference
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def call_entry(
             # Dynamo skips frames under a dispatch mode: the modes wait and are back when the program runs.
             settings = contextlib.nullcontext() if is_set else dynamo.settings(session.symbols)
             is_set = False  # a capture that is tried again has other symbols
-            with settings, _disable_current_modes() as modes:
+            collecting = contextlib.nullcontext() if session.captures else uncollected()
+            with settings, collecting, _disable_current_modes() as modes:
                 session.modes = list(modes)
                 return entry(*args, **kwargs)
         except BackendCompilerFailed as error:

@@ -1,4 +1,4 @@
-"""No cyclic garbage collection for a while: a capture allocates much, nearly all of which stays.
+"""No cyclic garbage collection for a while: what captures and compilations allocate stays, nearly all of it.
 
 Each pass over a large heap takes long and finds next to nothing there. What is garbage in the meantime is
 found by the first pass afterwards.

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from diagpass.errors import DiagpassWarning
 from diagpass.lowering.widths import at_width, examples, holds, width_of, width_operand
 from diagpass.stages import say
+from diagpass.uncollected import uncollected
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class InductorKind(torch.nn.Module):
         if all(stride is not None for stride in self._strides):
             try:
                 # The first call of an AOT program runs under a dispatch mode that watches custom operators.
-                with _disable_current_modes(), torch.no_grad():
+                with _disable_current_modes(), torch.no_grad(), uncollected():
                     self._compiled = compile_graph(self.graph_module, self._examples(operands))
                 log.info("compiled %s in %.1f s", self.name, time.perf_counter() - begin)
                 return
