@@ -26,7 +26,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["Unsure", "expand"]
+__all__ = ["Expanded", "Unsure", "expand"]
 
 _FUNCTIONS: Any = getattr(torch._C, "_VariableFunctions")  # noqa: B009  the operations of torch's namespace
 _TENSOR = object()  # stands for a tensor among results
@@ -214,7 +214,9 @@ class _Expansion:
         if trace.written is None or not isinstance(objects[0][0], fx.Node):
             raise Unsure(f"{node.target} writes elsewhere")
         self._write(objects[0][0], given[0][0], new[trace.written])
-        return objects[0][0] if trace.result is trace.written else None
+        if trace.result is not None and trace.result is not trace.written:
+            raise Unsure(f"{node.target} writes one tensor and returns another")
+        return None if trace.result is None else objects[0][0]
 
     def _write(self, written: fx.Node, before: fx.Node, after: fx.Node) -> None:
         """Let a tensor have another value from here on, where nothing else that is read shows it."""

@@ -43,8 +43,8 @@ def functionalize(
         Its example inputs.
     lower
         Called with the functional forward graph, its (fake) inputs and the positions of those that are
-        written in place; returns what runs it, taking
-        the graph's inputs as positional arguments and returning its outputs as a sequence.
+        written in place; returns what runs it, taking the graph's inputs as positional arguments and
+        returning its outputs as a sequence.
     inference
         Called instead, if given, where no gradients are asked for.
 
@@ -54,21 +54,26 @@ def functionalize(
         Takes ``gm``'s inputs, returns its outputs; copies mutated inputs back after the program ran
         through, so that a failure midway leaves them as they were.
     """
-
-    def forward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return make_boxed_func(lower(graph, fake_inputs, _written()))
-
-    def without_gradients(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return make_boxed_func((inference or lower)(graph, fake_inputs, _written()))
-
-    def backward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return make_boxed_func(graph.forward)
-
     expanded = _expanded(gm, inputs)
     if expanded is not None and not _shares_memory_with_inputs(expanded):
         with _as_compiled():
             program = (inference or lower)(expanded.graph, _values(expanded.graph), expanded.written)
         return _writing_back(program, expanded.written)
+    return _by_aot_autograd(gm, inputs, lower, inference or lower)
+
+
+def _by_aot_autograd(
+    gm: fx.GraphModule, inputs: Sequence[Any], lower: Lower, inference: Lower
+) -> Callable[..., Any]:
+    def forward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(lower(graph, fake_inputs, _written()))
+
+    def without_gradients(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(inference(graph, fake_inputs, _written()))
+
+    def backward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
     compile_functional = aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,
@@ -127,7 +132,7 @@ def inference_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Functional | N
             raise _Found(graph, getattr(TracingContext.try_get(), "fw_metadata", None))
 
         try:
-            functionalize(gm, inputs, lower)
+            _by_aot_autograd(gm, inputs, lower, lower)
         except _Found as found:
             graph, metadata = found.graph, found.metadata
         else:
