@@ -201,10 +201,20 @@ def same_tensor(h: Tensor) -> tuple[Tensor, Tensor]:
     return packed.to(torch.float64), packed.transpose(0, 1).mT
 
 
+def views_of_another_type(h: Tensor) -> tuple[Tensor, ...]:
+    outs = []
+    for _ in range(2):  # the second time they are copies
+        turned = torch.view_as_complex((h + 1).unflatten(-1, (3, 2)).contiguous())
+        h = torch.view_as_real(turned * 2j).flatten(-2) + turned.real.sum()
+        outs.append((h * 2).view(torch.int64) + 1)
+    return h, *outs
+
+
 @pytest.mark.parametrize(
     "function",
     [
         numbers,
+        views_of_another_type,
         one_operand_twice,
         operands_in_another_order,
         other_strides,
@@ -270,10 +280,21 @@ def number_read(h: Tensor) -> Tensor:
     return torch.zeros(2) + h.sum().item()
 
 
+def conjugated(h: Tensor) -> Tensor:
+    turned = torch.complex(h, h + 1)
+    return (turned.conj() * turned).real
+
+
+def negated(h: Tensor) -> Tensor:
+    return torch.complex(h, h + 1).conj().imag + 1
+
+
 @pytest.mark.parametrize(
     "function",
     [
         view_read_after_a_write,
+        conjugated,
+        negated,
         base_read_after_a_write,
         view_of_an_input_written,
         with_autocast,

@@ -182,6 +182,8 @@ class _Expansion:
             raise Unsure("a tensor whose numbers are known")
         if value.layout is not torch.strided or value.is_nested or value.is_quantized:
             raise Unsure(f"a tensor of layout {value.layout}")
+        if value.is_conj() or value.is_neg():
+            raise Unsure("a tensor that is conjugated or negated when it is read")
         if not all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset())):
             raise Unsure("a size that is not fixed")
 
@@ -361,7 +363,8 @@ class _Expansion:
         else:
             owner, at = memory.owner
             base = before if owner is node else pytree.tree_leaves(new[owner].meta["val"])
-            bare = torch.as_strided(base[at], *geometry, like.storage_offset())
+            bare = torch.empty(0, dtype=like.dtype, device="meta")  # a view may have another dtype
+            bare.set_(base[at].untyped_storage(), like.storage_offset(), *geometry)
         return FakeTensor(self._mode, bare, like.fake_device)
 
 
@@ -390,8 +393,6 @@ def _geometry(node: fx.Node) -> tuple:
         value.dtype,
         value.device,
         value.requires_grad,
-        value.is_conj(),
-        value.is_neg(),
     )
 
 
