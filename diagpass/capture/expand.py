@@ -26,6 +26,8 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from diagpass.capture.record import graph_of
+
 __all__ = ["Expanded", "Unsure", "expand"]
 
 _FUNCTIONS: Any = getattr(torch._C, "_VariableFunctions")  # noqa: B009  the operations of torch's namespace
@@ -263,9 +265,7 @@ class _Expansion:
             flat, result_spec = pytree.tree_flatten(result)
             if not writes and not any(isinstance(leaf, torch.Tensor) for leaf in flat):
                 raise Unsure(f"{node.target} has no tensor as its result")
-            results.append(
-                (result_spec, [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in flat])
-            )
+            results[:] = result_spec, [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
             return [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
 
         def with_inputs(*values: torch.Tensor) -> list[torch.Tensor]:
@@ -275,16 +275,15 @@ class _Expansion:
         values = [tensor.meta["val"] for tensor in tensors]
         written: fx.Node | None = None
         try:
-            graph = None if writes else make_fx(call)(*values).graph
+            graph = None if writes else graph_of(call, values).graph
             if graph is None or any(map(_is_mutable, graph.nodes)):  # or writes into what it made itself
-                results.clear()
                 graph = make_fx(dispatch_functionalize(with_inputs, FunctionalTensorMode()))(*values).graph
                 written = _split_off_inputs(graph, tensors.index(leaves[0]) if writes else None)
         except Unsure:
             raise
         except Exception as error:  # whatever is wrong with it, AOTAutograd is to say
             raise Unsure(f"{node.target}: {error}") from error
-        (result_spec, flat) = results[0]
+        result_spec, flat = results
         (made,) = graph.find_nodes(op="output")[0].args
         made = iter(made)
         result = pytree.tree_unflatten(

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 from diagpass.capture.marks import module_of
+from diagpass.capture.record import graph_of
 from diagpass.errors import BatchingError
 from diagpass.ir import Kind
 from diagpass.lowering.heads import without_repeated_heads
@@ -134,7 +135,7 @@ def trace(
             else:
                 examples.append(_example(is_shared, node.meta.get("val"), width))
         try:
-            traced = make_fx(run)(*examples)
+            traced = graph_of(run, examples) if isinstance(width, int) else make_fx(run)(*examples)
         except BatchingError as error:  # the interpreter appends its own trace
             raise BatchingError(str(error).split("\n")[0]) from error
         except RuntimeError as error:
