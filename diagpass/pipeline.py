@@ -34,7 +34,7 @@ from diagpass.lowering.weights import WeightPlan, plan_weights, split_groups
 from diagpass.options import Options
 from diagpass.runtime.clock import current
 from diagpass.runtime.compiled import InductorKind
-from diagpass.runtime.forms import Forms, Traced, number_in_turn
+from diagpass.runtime.forms import Forms, Traced, begin_all, number_in_turn
 from diagpass.runtime.graphed import graphed
 from diagpass.runtime.stacks import ALIGNMENT, WeightStacks
 from diagpass.runtime.timed import TimedWaves
@@ -256,11 +256,18 @@ def lower(
     if inference and compiled:
         run = graphed(emitted.module, gm, [*weights, *(True for _ in plan.stacks)])
 
+    begun = not compiled
+
     def program(*args: Any) -> Any:
+        nonlocal begun
+        inputs = (*args, *stacks(args))
+        if not begun:
+            begun = True
+            begin_all(emitted.module, inputs)
         clock = current()
         if clock is None:
-            return run(*args, *stacks(args))
-        return TimedWaves(emitted.module, found.cells, clock).run(*args, *stacks(args))
+            return run(*inputs)
+        return TimedWaves(emitted.module, found.cells, clock).run(*inputs)
 
     notes = (*analysis.notes, *emitted.notes)
     unbatched = emitted.obstacles

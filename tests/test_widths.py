@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -242,7 +242,7 @@ def test_forms_that_are_measured_or_pinned_are_for_their_width(form: str) -> Non
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the graphs that are compiled, in order; glue is not."""
     found: list[str] = []
-    compile_it = InductorKind._compile
+    compile_it, begin_it = InductorKind._compile, InductorKind.begin
 
     def named(self: InductorKind, operands: tuple) -> None:
         if self.name == "glue":
@@ -251,7 +251,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(self.name)
         compile_it(self, operands)
 
+    def begun(self: InductorKind, known: Sequence[Any]) -> None:
+        if self.name != "glue":
+            begin_it(self, known)
+        if self._ahead is not None:
+            found.append(self.name)
+
     monkeypatch.setattr(InductorKind, "_compile", named)
+    monkeypatch.setattr(InductorKind, "begin", begun)
     return found
 
 

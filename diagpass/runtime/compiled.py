@@ -6,13 +6,14 @@ check what it took for granted: :class:`InductorWidths` asks before each new wid
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from diagpass.errors import DiagpassWarning
 from diagpass.lowering.widths import at_width, examples, holds, width_of, width_operand
+from diagpass.runtime.ahead import Waits, expected, waiting_later
 from diagpass.stages import say
 from diagpass.uncollected import uncollected
 
@@ -82,6 +84,15 @@ extern "C" void kernel(float* nothing) {}
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """Lowered in so many seconds, and what then waits for its kernels."""
+
+    compiled: Any
+    waits: Waits
+    seconds: float
+
+
 class InductorKind(torch.nn.Module):
     """A graph compiled by Inductor for the strides of its first call.
 
@@ -96,6 +107,7 @@ class InductorKind(torch.nn.Module):
         self.place: tuple[int, int] = 0, 0  # of how many that are compiled; 0 if not known
         self._compiled: Any = None
         self._strides: list[tuple[int, ...] | None] = []
+        self._ahead: _Begun | None = None
 
     def forward(self, *operands: Any) -> tuple:
         """Run the graph; results as the graph returns them."""
@@ -108,12 +120,69 @@ class InductorKind(torch.nn.Module):
 
     def prepare(self, operands: tuple) -> None:
         """Compile it for operands like these, unless it is."""
-        if self._compiled is None:
+        if self._compiled is None and not self._is_finished(operands):
             self._compile(operands)
 
-    def _compile(self, operands: tuple) -> None:
-        from torch._inductor import compile as compile_graph
+    def begin(self, known: Sequence[Any]) -> None:
+        """Have it compiled for operands of which some are known; :meth:`prepare` waits for it.
 
+        Nothing is done for a graph that has operands elsewhere than on the CPU. What goes wrong here goes
+        wrong again in ``prepare``, which says so.
+
+        Parameters
+        ----------
+        known
+            Per operand, what it will be, or None: it is expected to be laid out as when it was traced.
+        """
+        values = [node.meta.get("val") for node in self.graph_module.graph.find_nodes(op="placeholder")]
+        operands = expected(values, known)
+        if self._compiled is not None or self._ahead is not None or operands is None:
+            return
+        begin = time.perf_counter()
+        say(f"compile: {self.name}", *self.place)
+        try:
+            with waiting_later() as waits:
+                compiled = _by_inductor(self.graph_module, operands)
+        except Exception as error:  # with operands at hand it may go
+            log.info("%s: not compiled ahead (%s: %s)", self.name, type(error).__name__, error)
+            return
+        self._ahead = _Begun(compiled, waits, time.perf_counter() - begin)
+        self._strides = [operand.stride() for operand in operands]
+
+    def _is_finished(self, operands: tuple) -> bool:
+        """Whether what was begun serves these operands, once it is there."""
+        if self._ahead is None:
+            return False
+        begun, self._ahead = self._ahead, None
+        begin = time.perf_counter()
+        try:
+            for wait in begun.waits:
+                wait()
+        except Exception as error:
+            log.info("%s: not compiled ahead (%s: %s)", self.name, type(error).__name__, error)
+            return False
+        if not self._are_laid_out(operands):
+            log.info("%s was compiled ahead for operands laid out otherwise", self.name)
+            return False
+        self._compiled = begun.compiled
+        self._strides = [operand.stride() for operand in operands]  # where there is one element, any will do
+        waited = time.perf_counter() - begin
+        log.info("compiled %s in %.1f s, waited %.1f s more", self.name, begun.seconds, waited)
+        return True
+
+    def _are_laid_out(self, operands: tuple) -> bool:
+        """Whether operands lie as those that it was compiled for, where that means anything."""
+        return all(
+            isinstance(operand, torch.Tensor)
+            and operand.dim() == len(stride or ())
+            and all(
+                size < 2 or step == wanted
+                for size, step, wanted in zip(operand.shape, operand.stride(), stride or (), strict=True)
+            )
+            for operand, stride in zip(operands, self._strides, strict=True)
+        )
+
+    def _compile(self, operands: tuple) -> None:
         say(f"compile: {self.name}", *self.place)
         begin = time.perf_counter()
         self._strides = [
@@ -121,9 +190,7 @@ class InductorKind(torch.nn.Module):
         ]
         if all(stride is not None for stride in self._strides):
             try:
-                # The first call of an AOT program runs under a dispatch mode that watches custom operators.
-                with _disable_current_modes(), torch.no_grad(), uncollected():
-                    self._compiled = compile_graph(self.graph_module, self._examples(operands))
+                self._compiled = _by_inductor(self.graph_module, self._examples(operands))
                 log.info("compiled %s in %.1f s", self.name, time.perf_counter() - begin)
                 return
             except Exception as error:  # Inductor raises what it likes; the graph itself is sound
@@ -138,6 +205,14 @@ class InductorKind(torch.nn.Module):
     def _examples(self, operands: tuple) -> list[Any]:
         """What Inductor is shown of the operands."""
         return list(operands)
+
+
+def _by_inductor(graph: fx.GraphModule, operands: list[Any]) -> Any:
+    from torch._inductor import compile as compile_graph
+
+    # The first call of an AOT program runs under a dispatch mode that watches custom operators.
+    with _disable_current_modes(), torch.no_grad(), uncollected():
+        return compile_graph(graph, operands)
 
 
 class _Common(InductorKind):

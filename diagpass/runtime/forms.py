@@ -44,7 +44,7 @@ PRODUCT_BUDGET = 0.02  # and for the ways of a product
 MOST_BYTES = 2**28  # of a product's operands and result; larger ones stay batched
 HOPELESS = 1.0  # times as long for its products one by one: more, and the single cell is not even compiled
 
-__all__ = ["Forms", "GroupForm", "is_measured", "number_in_turn"]
+__all__ = ["Forms", "GroupForm", "begin_all", "is_measured", "number_in_turn"]
 
 
 def is_measured(options: Options, device: torch.device) -> bool:
@@ -253,6 +253,35 @@ def number_in_turn(modules: Iterable[torch.nn.Module]) -> None:
                 found[graph] = None
     for at, graph in enumerate(found):
         graph.place = at, len(found)
+
+
+def begin_all(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Have the graphs compiled that a program calls, one while the next is lowered.
+
+    A group whose form is to be measured waits for its turn.
+
+    Parameters
+    ----------
+    module
+        The program.
+    inputs
+        Its inputs: what a graph reads of them is known, anything else is expected to be laid out as it was
+        when the graph was traced.
+    """
+    known: dict[fx.Node, Any] = dict(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    begun: set[torch.nn.Module] = set()
+    for node in module.graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.target is torch.ops.aten.slice.Tensor and source in known:
+            known[node] = node.target(known[source], *node.args[1:])
+        elif node.op == "call_module":
+            form: Any = module.get_submodule(node.target)
+            if isinstance(form, GroupForm) and len(form.candidates) == 1:
+                (form,) = form.candidates.values()
+            graph = form.common if isinstance(form, InductorWidths) else form
+            if isinstance(graph, InductorKind) and graph not in begun:
+                begun.add(graph)
+                graph.begin([known.get(operand) for operand in node.args])
 
 
 @dataclasses.dataclass(frozen=True)

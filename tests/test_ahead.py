@@ -1,0 +1,170 @@
+"""Graphs compiled ahead of a plan's first call give the same, however that goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch._inductor.async_compile import AsyncCompile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import diagpass
+from diagpass.runtime import compiled
+from diagpass.runtime.ahead import waiting_later
+from diagpass.runtime.compiled import InductorKind
+from tests.helpers import assert_same
+
+D = 6
+WAIT = AsyncCompile.wait
+
+
+@pytest.fixture
+def compilations(monkeypatch: Any) -> list[str]:
+    """What Inductor was given, in order, and whether it had to wait for each."""
+    found: list[str] = []
+    by_inductor = compiled._by_inductor
+
+    def count(graph: fx.GraphModule, operands: list[Any]) -> Any:
+        ahead = AsyncCompile.wait is not WAIT
+        found.append("ahead" if ahead else "at once")
+        return by_inductor(graph, operands)
+
+    monkeypatch.setattr(compiled, "_by_inductor", count)
+    return found
+
+
+def graph_of(function: Callable[..., Any], *shapes: tuple[int, ...]) -> fx.GraphModule:
+    with FakeTensorMode():
+        fakes = [torch.empty(shape) for shape in shapes]
+    return make_fx(lambda *args: (function(*args),))(*fakes)
+
+
+def halved(x: Tensor, y: Tensor) -> Tensor:
+    return (x * 0.5 + y).cos()
+
+
+def test_it_waits_when_it_is_needed(compilations: list[str]) -> None:
+    kind = InductorKind(graph_of(halved, (3, 4), (4,)), "kind0")
+    x, y = torch.randn(3, 4), torch.randn(4)
+    kind.begin([x, None])
+    assert compilations == ["ahead"]
+    kind.begin([x, None])
+    torch.testing.assert_close(kind(x, y)[0], halved(x, y))
+    kind.begin([x, None])
+    assert compilations == ["ahead"], "once"
+
+
+def test_operands_that_lie_otherwise_are_compiled_for(compilations: list[str]) -> None:
+    kind = InductorKind(graph_of(halved, (3, 4), (4,)), "kind0")
+    x, y = torch.randn(4, 3).mT, torch.randn(4)
+    kind.begin([None, y])
+    torch.testing.assert_close(kind(x, y)[0], halved(x, y))
+    assert compilations == ["ahead", "at once"]
+
+
+def test_where_there_is_one_element_any_stride_will_do(compilations: list[str]) -> None:
+    kind = InductorKind(graph_of(halved, (3, 1), (1,)), "kind0")
+    x, y = torch.randn(3, 1).as_strided((3, 1), (1, 7)), torch.randn(1)
+    kind.begin([None, y])
+    for _ in range(2):
+        torch.testing.assert_close(kind(x, y)[0], halved(x, y))
+    assert compilations == ["ahead"]
+
+
+def test_kernels_that_fail_are_compiled_again(compilations: list[str]) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    kind = InductorKind(graph_of(halved, (3, 5), (5,)), "kind0")
+    kind.begin([None, None])
+    assert kind._ahead is not None
+    kind._ahead = dataclasses.replace(kind._ahead, waits=[fail])
+    x, y = torch.randn(3, 5), torch.randn(5)
+    torch.testing.assert_close(kind(x, y)[0], halved(x, y))
+    assert compilations == ["ahead", "at once"]
+
+
+def test_what_cannot_be_lowered_is_said_when_it_is_called(monkeypatch: Any) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no lowering")
+
+    monkeypatch.setattr(compiled, "_by_inductor", fail)
+    kind = InductorKind(graph_of(halved, (3, 5), (5,)), "kind0")
+    kind.begin([None, None])
+    x, y = torch.randn(3, 5), torch.randn(5)
+    with pytest.warns(diagpass.DiagpassWarning, match="could not compile kind0"):
+        found = kind(x, y)[0]
+    torch.testing.assert_close(found, halved(x, y))
+
+
+def test_an_operand_that_is_no_tensor_is_waited_for(compilations: list[str]) -> None:
+    graph = make_fx(lambda x, n: (x * 2,))(torch.randn(3), 2)
+    InductorKind(graph, "kind0").begin([None, 2])
+    assert compilations == []
+
+
+def test_other_threads_wait_as_ever() -> None:
+    waited: list[bool] = []
+
+    def compile_and_run() -> None:
+        x, y = torch.randn(3, 9), torch.randn(9)
+        kind = InductorKind(graph_of(halved, (3, 9), (9,)), "other")
+        torch.testing.assert_close(kind(x, y)[0], halved(x, y))
+        waited.append(True)
+
+    with waiting_later() as waits:
+        thread = threading.Thread(target=compile_and_run)
+        thread.start()
+        thread.join()
+        assert waited and not waits
+    assert AsyncCompile.wait is WAIT
+
+
+def test_an_inductor_that_waits_elsewhere_is_left_alone(monkeypatch: Any) -> None:
+    monkeypatch.delattr(AsyncCompile, "wait")
+    with waiting_later() as waits:
+        assert waits == []
+    assert not hasattr(AsyncCompile, "wait")
+
+
+class Layer(nn.Module):
+    """Its bias has one element, so that the rows of its stack are not packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gate = nn.Linear(D, D), nn.Linear(D, 1)
+        self.register_buffer("state", torch.zeros(2, D))
+
+    def forward(self, h: Tensor) -> Tensor:
+        out = h + torch.tanh(self.linear(h) + self.state[:, None])
+        self.state = self.state + (out * self.gate(out)).mean(1)
+        return out
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        outs = []
+        for segment in h.split(2, 1):
+            for layer in self.layers:
+                segment = layer(segment)
+            outs.append(segment)
+        return torch.cat(outs, 1)
+
+
+def test_a_plan_s_graphs_are_all_compiled_ahead(compilations: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Stack().double().eval()
+    inputs = (torch.randn(2, 8, D, dtype=torch.float64),)
+    assert_same(model, inputs, {"compiler": "inductor"})
+    assert compilations and set(compilations) == {"ahead"}
