@@ -104,7 +104,7 @@ def test_results_are_those_of_the_loop(
     layer: type[Layer], attributes: set[str], anew: int, restarts: list[set[str]]
 ) -> None:
     loop = loop_of(layer)
-    names = foresee(loop.step, "model")
+    names = foresee(loop.step, "L['model']")
     assert {name.rsplit(".", 1)[1] for name in names if "__dict__" not in name} == attributes
     fast: Any = fast_copy(loop)
     with torch.no_grad(), collect_warnings() as warned:
@@ -123,6 +123,31 @@ def test_a_model_with_counters_is_captured_once(restarts: list[set[str]]) -> Non
     assert restarts == [] and fast._session.captures == len(fast._session.programs)
 
 
+class Looped(nn.Module):
+    """A loop of its own around a step that lies some way down."""
+
+    def __init__(self, layer: type[Layer]) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"step": Step([layer() for _ in range(3)])})
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([self.inner["step"](segment) for segment in h.split(T, 1)], 1)
+
+
+@pytest.mark.parametrize(("layer", "anew"), [(Layer, 0), (Scales, 0), (Cuts, 1), (Heads, 1), (Other, 0)])
+def test_a_loop_of_the_model_s_own(layer: type[Layer], anew: int, restarts: list[set[str]]) -> None:
+    torch.manual_seed(2)
+    model = Looped(layer).double().eval()
+    fast: Any = fast_copy(model, loop="rolled")
+    with torch.no_grad(), collect_warnings() as warned:
+        for length in (5 * T, 3 * T):
+            x = tokens(length)
+            assert_tree_same(fast(x), model(x), 1e-12, "output")
+            assert_state_same(fast.original, model, 1e-12, "state")
+    assert len(restarts) <= anew and fast.report.ran == "wavefront"
+    assert not [text for text in warned if "sequentially" in text]
+
+
 def test_what_is_no_int_or_no_python_is_left_alone() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -135,6 +160,6 @@ def test_what_is_no_int_or_no_python_is_left_alone() -> None:
             return x
 
     odd = Odd()
-    assert foresee(odd, "model") == set()
+    assert foresee(odd, "L['model']") == set()
     odd.both.parent = odd  # type: ignore[assignment]
-    assert foresee(odd, "model") == set()
+    assert foresee(odd, "L['model']") == set()

@@ -16,20 +16,20 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-__all__ = ["foresee"]
+__all__ = ["foresee", "submodule_source"]
 
 _NEAR = 8  # instructions between reading an attribute and storing it
 
 
-def foresee(step: nn.Module, name: str) -> set[str]:
+def foresee(step: nn.Module, source: str) -> set[str]:
     """What Dynamo will call the sources of the counters of a module.
 
     Parameters
     ----------
     step
         The module.
-    name
-        What the captured function calls it.
+    source
+        What Dynamo calls it, such as ``"L['model']"``.
 
     Returns
     -------
@@ -38,11 +38,16 @@ def foresee(step: nn.Module, name: str) -> set[str]:
     """
     found = set()
     for path, module in _modules(step):
-        owner = f"L['{name}']" + "".join(f"._modules['{part}']" for part in path.split(".") if part)
+        owner = source + submodule_source(path)
         for attribute in _counted(type(module)):
             if type(module.__dict__.get(attribute)) is int:
                 found |= {f"{owner}.{attribute}", f"{owner}.__dict__['{attribute}']"}
     return found
+
+
+def submodule_source(path: str) -> str:
+    """What Dynamo calls the submodule at a path, behind what it calls the module."""
+    return "".join(f"._modules['{part}']" for part in path.split(".") if part)
 
 
 def _modules(step: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -51,7 +51,7 @@ class StepSession:
     It has what :func:`diagpass.transformed.call_entry` asks of a session: ``symbols``, the counters that stay
     symbolic, and ``modes``, dispatch modes of the caller. ``changing`` are buffers that the step replaces,
     ``carried`` is the state that it is given and may change: a cache, say. ``foreseen`` are the symbols that
-    no capture has shown to be counters yet.
+    no capture has shown to be counters yet. ``source`` is what Dynamo calls the step.
     """
 
     step: torch.nn.Module
@@ -66,10 +66,11 @@ class StepSession:
     carried: tuple[Any, ...] = ()
     foreseen: set[str] = dataclasses.field(default_factory=set)
     scores: Scores = dataclasses.field(default_factory=Scores)
+    source: str = "L['model']"
 
     def __post_init__(self) -> None:
         self.kinds = Kinds(self.options)
-        self.foreseen = foresee(self.step, "model") - self.symbols
+        self.foreseen = foresee(self.step, self.source) - self.symbols
         self.symbols |= self.foreseen
 
     def begin(self, device_types: Collection[str]) -> None:

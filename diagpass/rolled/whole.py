@@ -23,6 +23,7 @@ from torch._dynamo.exc import RecompileError
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diagpass.capture import dynamo
+from diagpass.capture.foresight import submodule_source
 from diagpass.errors import CaptureError, DiagpassWarning, SequentialError
 from diagpass.options import Options
 from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
@@ -228,7 +229,9 @@ class TransformedModel(Transformed):
         return found
 
     def _renew_step(self, **known: Any) -> None:
-        session = StepSession(self._original.get_submodule(self._step), self._options, **known)
+        step = self._original.get_submodule(self._step)
+        source = _ROOT + submodule_source(self._step)
+        session = StepSession(step, self._options, source=source, **known)
         self.__dict__.update(_rolled=session, _step_entry=None)
 
     def _must_run_plainly(self, key: tuple, args: tuple, kwargs: dict) -> bool:
@@ -446,6 +449,9 @@ class TransformedModel(Transformed):
             raise Conflict(f"the loop reads a result of nearly each segment before the next one{where}")
         if run.steady_width() < LEAST_MEAN_WIDTH:
             raise Conflict("", narrowness(run))
+
+
+_ROOT = "L['model'].__closure__[0].cell_contents"  # what Dynamo calls `model` in the function below
 
 
 def _from_root(model: nn.Module, path: str) -> Callable[..., Any]:
