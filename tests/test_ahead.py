@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import diagpass
-from diagpass.runtime import compiled
+from diagpass.runtime import ahead, compiled
 from diagpass.runtime.ahead import waiting_later
 from diagpass.runtime.compiled import InductorKind
 from tests.helpers import assert_same
@@ -127,11 +127,90 @@ def test_other_threads_wait_as_ever() -> None:
     assert AsyncCompile.wait is WAIT
 
 
+def test_threads_that_compile_at_the_same_time() -> None:
+    """The second one in is the last one out."""
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with waiting_later() as waits:
+            entered.set()
+            left.wait(60)
+            x, y = torch.randn(3, 11), torch.randn(11)
+            kind = InductorKind(graph_of(halved, (3, 11), (11,)), "other")
+            kind.begin([x, y])
+            torch.testing.assert_close(kind(x, y)[0], halved(x, y))
+            assert not waits
+
+    thread = threading.Thread(target=other)
+    with waiting_later():
+        thread.start()
+        assert entered.wait(60)
+    assert AsyncCompile.wait is not WAIT
+    left.set()
+    thread.join()
+    assert AsyncCompile.wait is WAIT
+
+
 def test_an_inductor_that_waits_elsewhere_is_left_alone(monkeypatch: Any) -> None:
     monkeypatch.delattr(AsyncCompile, "wait")
     with waiting_later() as waits:
         assert waits == []
     assert not hasattr(AsyncCompile, "wait")
+
+
+def two_kernels(x: Tensor, y: Tensor) -> Tensor:
+    return ((x * 0.5 + 1) @ y).cos()
+
+
+@pytest.fixture
+def together(monkeypatch: Any) -> list[int]:
+    """How many kernels were compiled together, per graph."""
+    found: list[int] = []
+    own = ahead.compile_together
+
+    def count(kernels: Any, submit: Any) -> Any:
+        found.append(len(kernels))
+        return own(kernels, submit)
+
+    monkeypatch.setattr(ahead, "compile_together", count)
+    return found
+
+
+@pytest.mark.parametrize("most", [1, 12])
+def test_a_graph_s_kernels_are_one_source(
+    most: int, together: list[int], monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("diagpass.runtime.together.MOST", most)
+    x, y = torch.randn(3, 4 + most), torch.randn(4 + most, 5)
+    kind = InductorKind(graph_of(two_kernels, x.shape, y.shape), "kind0")
+    with caplog.at_level("INFO", logger="diagpass"):
+        kind.begin([x, y])
+        torch.testing.assert_close(kind(x, y)[0], two_kernels(x, y))
+    assert together == [2] and "one by one" not in caplog.text
+
+
+def test_a_graph_without_kernels(together: list[int]) -> None:
+    x, y = torch.randn(3, 4), torch.randn(4, 5)
+    kind = InductorKind(graph_of(torch.mm, x.shape, y.shape), "kind0")
+    kind.begin([x, y])
+    torch.testing.assert_close(kind(x, y)[0], x @ y)
+    assert together == [0]
+
+
+@pytest.mark.parametrize("when", ["begin", "finish"])
+def test_kernels_that_do_not_go_together(
+    when: str, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("redefined")
+
+    monkeypatch.setattr(ahead, "compile_together", fail if when == "begin" else lambda *args: fail)
+    x, y = torch.randn(3, 6), torch.randn(6, 7)
+    kind = InductorKind(graph_of(two_kernels, x.shape, y.shape), "kind0")
+    with caplog.at_level("INFO", logger="diagpass"):
+        kind.begin([x, y])
+        torch.testing.assert_close(kind(x, y)[0], two_kernels(x, y))
+    assert "one by one (RuntimeError: redefined)" in caplog.text
 
 
 class Layer(nn.Module):
@@ -162,9 +241,13 @@ class Stack(nn.Module):
         return torch.cat(outs, 1)
 
 
-def test_a_plan_s_graphs_are_all_compiled_ahead(compilations: list[str]) -> None:
+def test_a_plan_s_graphs_are_all_compiled_ahead(
+    compilations: list[str], together: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     model = Stack().double().eval()
     inputs = (torch.randn(2, 8, D, dtype=torch.float64),)
-    assert_same(model, inputs, {"compiler": "inductor"})
+    with caplog.at_level("INFO", logger="diagpass"):
+        assert_same(model, inputs, {"compiler": "inductor"})
     assert compilations and set(compilations) == {"ahead"}
+    assert len(together) == len(compilations) and "one by one" not in caplog.text

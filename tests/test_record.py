@@ -57,6 +57,20 @@ def mapped(x: Tensor) -> Tensor:
     return torch.vmap(lambda row: torch.outer(row[0], row[1]).cumsum(0))(x)
 
 
+def several_results_of_an_elementwise_operation(x: Tensor) -> list[Tensor]:
+    return [*torch.frexp(x), x.expand(3, 2, 4, 4).select(1, 0)[:, 1:].sum(1)]
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    turned, part = x.mT + 1, x[:, ::2].relu()
+    return [turned, part * 2, turned + x, torch.cat([turned, x.mT], 1), x.mT.clone(), turned.sigmoid() @ x]
+
+
+def types(x: Tensor) -> list[Tensor]:
+    whole = torch.ones_like(x, dtype=torch.int64)
+    return [x + whole, whole * 2.5, whole / 2, x.half() + x, torch.where(x > 0, x, whole), x.sum(1) > 0]
+
+
 def nothing_is_read(x: Tensor) -> Tensor:
     unused = x + 1
     return unused.detach().mul(2) * 0 + x.to(torch.float64).detach()
@@ -64,7 +78,16 @@ def nothing_is_read(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [products, made_from_nothing, several_results, mapped, nothing_is_read],
+    [
+        products,
+        made_from_nothing,
+        several_results,
+        several_results_of_an_elementwise_operation,
+        layouts,
+        types,
+        mapped,
+        nothing_is_read,
+    ],
     ids=lambda function: function.__name__,
 )
 def test_it_is_what_make_fx_makes(function: Callable[..., Any]) -> None:

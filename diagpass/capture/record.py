@@ -143,8 +143,13 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         or not kwargs.keys() <= _SCALARS
     ):
         return func(*args, **kwargs)
-    with in_kernel_invocation_manager(first.fake_mode):
-        bare = func(*args, **kwargs)
+    try:
+        with in_kernel_invocation_manager(first.fake_mode):
+            bare = func(*args, **kwargs)
+    except NotImplementedError:  # there is no such kernel
+        return func(*args, **kwargs)
+    if not isinstance(bare, torch.Tensor):
+        return func(*args, **kwargs)
     return FakeTensor(first.fake_mode, bare, first.fake_device)
 
 

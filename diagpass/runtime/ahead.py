@@ -2,13 +2,15 @@
 
 Inductor lowers a graph to C++ in this process, has the kernels compiled by others, and waits for them.
 Before the first call of a plan runs anything, its graphs are all lowered, and only then is waited for the
-kernels of each, when it is needed. Without a pool of compilers (``TORCHINDUCTOR_COMPILE_THREADS=1``) nothing
-is gained and nothing lost.
+kernels of each, when it is needed. The kernels of a graph are compiled together
+(:mod:`diagpass.runtime.together`). Without a pool of compilers (``TORCHINDUCTOR_COMPILE_THREADS=1``) only
+this is gained.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import logging
@@ -18,6 +20,8 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diagpass.runtime.together import compile_together
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,12 @@ def _is_static(value: torch.Tensor) -> bool:
     return all(isinstance(size, int) for size in (*value.shape, *value.stride()))
 
 
+_patching = threading.Lock()
+_inside = 0  # threads
+_originals: dict[str, Any] = {}  # Inductor's own methods, while any thread is inside
+_local = threading.local()  # `waits` of this thread, if it is inside
+
+
 @contextlib.contextmanager
 def waiting_later() -> Iterator[Waits]:
     """Inside, Inductor does not wait for the kernels of what this thread compiles.
@@ -70,23 +80,69 @@ def waiting_later() -> Iterator[Waits]:
         What waits, one for each graph compiled; to be called, in this order, before the graph is run. Empty
         where Inductor is another than the one known here: it has waited itself then.
     """
-    waits: Waits = []
+    global _inside
     compilers: Any = importlib.import_module("torch._inductor.async_compile").AsyncCompile
-    wait, thread = getattr(compilers, "wait", None), threading.get_ident()
-    if wait is None:
-        yield waits
+    own = {"wait": _wait, "cpp_pybinding": _cpp_pybinding}
+    if not all(hasattr(compilers, name) for name in own):
+        yield []
         return
-
-    @functools.wraps(wait)
-    def later(self: Any, scope: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        generated = scope.get("async_compile") is self  # a module of kernels; tuning waits by itself
-        if threading.get_ident() != thread or not generated:
-            wait(self, scope, *args, **kwargs)
-        else:
-            waits.append(functools.partial(wait, self, scope, *args, **kwargs))
-
-    compilers.wait = later
+    with _patching:
+        if not _inside:
+            for name, method in own.items():
+                _originals[name] = getattr(compilers, name)
+                setattr(compilers, name, method)
+        _inside += 1
+    before, _local.waits = getattr(_local, "waits", None), []
     try:
-        yield waits
+        yield _local.waits
     finally:
-        compilers.wait = wait
+        _local.waits = before
+        with _patching:
+            _inside -= 1
+            if not _inside:
+                for name in own:
+                    setattr(compilers, name, _originals[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """Stands for a kernel in a generated module until it is compiled."""
+
+    types: Sequence[str]
+    source: str
+
+
+def _cpp_pybinding(self: Any, argtypes: Sequence[str], source_code: str) -> Any:
+    """Stands for ``AsyncCompile.cpp_pybinding`` while any thread is inside."""
+    if getattr(_local, "waits", None) is None:
+        return _originals["cpp_pybinding"](self, argtypes, source_code)
+    return _Kernel(argtypes, source_code)
+
+
+def _wait(self: Any, scope: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """Stands for ``AsyncCompile.wait`` while any thread is inside."""
+    wait = functools.partial(_originals["wait"], self, scope, *args, **kwargs)
+    apart = functools.partial(_originals["cpp_pybinding"], self)
+    waits = getattr(_local, "waits", None)
+    if waits is None or scope.get("async_compile") is not self:  # no module of kernels: tuning, say
+        wait()
+        return
+    kernels = {name: value for name, value in scope.items() if isinstance(value, _Kernel)}
+    try:
+        finish = compile_together([(each.types, each.source) for each in kernels.values()], self.submit)
+    except Exception as error:
+        finish = functools.partial(_raise, error)
+
+    def finished() -> None:
+        try:
+            scope.update(zip(kernels, finish(), strict=True))
+        except Exception as error:
+            log.info("kernels are compiled one by one (%s: %s)", type(error).__name__, error)
+            scope.update({name: apart(each.types, each.source) for name, each in kernels.items()})
+        wait()
+
+    waits.append(finished)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
