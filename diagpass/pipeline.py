@@ -80,7 +80,7 @@ class Analysis:
     emitted: Emitted | None = None
     names: Mapping[fx.Node, str] = dataclasses.field(default_factory=dict)
     forecast: Forecast | None = None
-    repro: str | None = None
+    repro: str | Callable[[], str] | None = None
     forms: Forms | None = None
 
     @property

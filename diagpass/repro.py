@@ -87,10 +87,8 @@ if __name__ == "__main__":
 '''
 
 
-def script(graph: fx.GraphModule, weights: Sequence[bool]) -> str | None:
+def script(graph: fx.GraphModule, weights: Sequence[bool]) -> Script | None:
     """The script for a functional graph, before anything has changed it; None where one cannot be written."""
-    from diagpass import __version__
-
     nodes = list(graph.graph.nodes)
     inputs = [_described(node.meta.get("val")) for node in nodes if node.op == "placeholder"]
     constants: dict[str, Any] = {}
@@ -104,16 +102,39 @@ def script(graph: fx.GraphModule, weights: Sequence[bool]) -> str | None:
         for node in nodes
         if node.op == "call_function"
     ]
-    code = "\n".join(f"    {line}".rstrip() for line in graph.code.strip().splitlines())
-    return _SCRIPT.format(
-        version=__version__,
-        torch=torch.__version__,
-        inputs=json.dumps(inputs),
-        constants=json.dumps(constants),
-        weights=json.dumps(list(weights)),
-        marks=json.dumps(marks),
-        code=code,
-    )
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    return Script(copied, inputs, constants, list(weights), marks)
+
+
+class Script:
+    """A script that is written when it is asked for; to pickle or copy it is to write it."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: list[Any],
+        constants: dict[str, Any],
+        weights: list[bool],
+        marks: list[Any],
+    ) -> None:
+        self._graph = graph
+        self._parts = {"inputs": inputs, "constants": constants, "weights": weights, "marks": marks}
+
+    def __call__(self) -> str:
+        """The text."""
+        from diagpass import __version__
+
+        code = self._graph.python_code("self").src
+        return _SCRIPT.format(
+            version=__version__,
+            torch=torch.__version__,
+            code="\n".join(f"    {line}".rstrip() for line in code.strip().splitlines()),
+            **{name: json.dumps(part) for name, part in self._parts.items()},
+        )
+
+    def __reduce__(self) -> Any:
+        return str, (self(),)
 
 
 _NOT = object()

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
@@ -347,7 +347,7 @@ class _Expansion:
             return new[source].meta["val"][at]
         leaves, spec = pytree.tree_flatten(old.meta["val"])
         made: list[Any] = []
-        with in_kernel_invocation_manager(self._mode):
+        with in_kernel_invocation_manager(self._mode), no_python_dispatcher():
             for leaf, memory in zip(leaves, trace.memory[old], strict=True):
                 made.append(leaf if memory is None else self._tensor(memory, old, made, new))
         return pytree.tree_unflatten(made, spec)

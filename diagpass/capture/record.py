@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
+from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -144,7 +145,7 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     ):
         return func(*args, **kwargs)
     try:
-        with in_kernel_invocation_manager(first.fake_mode):
+        with in_kernel_invocation_manager(first.fake_mode), no_python_dispatcher():
             bare = func(*args, **kwargs)
     except NotImplementedError:  # there is no such kernel
         return func(*args, **kwargs)
