@@ -32,7 +32,7 @@ def described(graph: fx.Graph) -> list[tuple]:
     return [
         (
             node.op,
-            str(node.target) if node.op == "call_function" else "",
+            str(node.target).replace("alias", "detach") if node.op == "call_function" else "",  # torch 2.14
             str(tree_map(shown, (node.args, node.kwargs, node.meta.get("val")))),
         )
         for node in graph.nodes
