@@ -69,6 +69,15 @@ def test_operands_that_lie_otherwise_are_compiled_for(compilations: list[str]) -
     assert compilations == ["ahead", "at once"]
 
 
+def test_a_guess_that_fits_no_operand_costs_no_result(compilations: list[str]) -> None:
+    kind = InductorKind(graph_of(halved, (3, 4), (4,)), "kind0")
+    x, y = torch.randn(3, 4), torch.randn(4)
+    kind.begin([y, None])
+    assert compilations == []
+    torch.testing.assert_close(kind(x, y)[0], halved(x, y))
+    assert compilations == ["at once"]
+
+
 def test_where_there_is_one_element_any_stride_will_do(compilations: list[str]) -> None:
     kind = InductorKind(graph_of(halved, (3, 1), (1,)), "kind0")
     x, y = torch.randn(3, 1).as_strided((3, 1), (1, 7)), torch.randn(1)

@@ -1,7 +1,7 @@
 """A function of fake tensors -> the graph of ATen operations that it runs.
 
-What ``make_fx`` does, for the plain case and in a fraction of the time: every operation that reaches the
-dispatcher becomes a node. Whatever is not plain is left to ``make_fx``.
+What ``make_fx`` does, for the plain case and with less around each operation: what reaches the dispatcher
+becomes a node. Whatever is not plain is left to ``make_fx``.
 """
 
 from __future__ import annotations

@@ -134,13 +134,15 @@ class InductorKind(torch.nn.Module):
         known
             Per operand, what it will be, or None: it is expected to be laid out as when it was traced.
         """
-        values = [node.meta.get("val") for node in self.graph_module.graph.find_nodes(op="placeholder")]
-        operands = expected(values, known)
-        if self._compiled is not None or self._ahead is not None or operands is None:
+        if self._compiled is not None or self._ahead is not None:
             return
         begin = time.perf_counter()
-        say(f"compile: {self.name}", *self.place)
         try:
+            values = [node.meta.get("val") for node in self.graph_module.graph.find_nodes(op="placeholder")]
+            operands = expected(values, known)
+            if operands is None:
+                return
+            say(f"compile: {self.name}", *self.place)
             with waiting_later() as waits:
                 compiled = _by_inductor(self.graph_module, operands)
         except Exception as error:  # with operands at hand it may go

@@ -1,8 +1,8 @@
 """Several of Inductor's C++ kernels as one source: its compiler reads the headers once for all of them.
 
-Inductor compiles and links each kernel by itself, which takes the C++ compiler some two seconds of which the
-kernel is a fifth. Here the kernels of a graph are put one behind the other, with Inductor's own bindings in a
-namespace for each, and compiled by Inductor's own compiler and cache.
+Inductor compiles and links each kernel by itself; most of that time goes into the headers and into
+libtorch's symbols, the same for all. Here the kernels of a graph are put one behind the other, with
+Inductor's own bindings in a namespace for each, and compiled by Inductor's own compiler and cache.
 """
 
 from __future__ import annotations
