@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -183,6 +185,18 @@ def together(monkeypatch: Any) -> list[int]:
 
     monkeypatch.setattr(ahead, "compile_together", count)
     return found
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_waits_for_itself_where_nothing_is_cached(threads: int, together: list[int]) -> None:
+    """Inductor keeps binaries on disk: one that is there needs no compiler, and no lock."""
+    x, y = torch.randn(3, 8), torch.randn(8, 5)
+    kind = InductorKind(graph_of(two_kernels, x.shape, y.shape), "kind0")
+    with fresh_cache(), inductor_config.patch(compile_threads=threads):
+        kind.begin([x, y])
+        torch.testing.assert_close(kind(x, y)[0], two_kernels(x, y))
+    assert together == [2]
 
 
 @pytest.mark.parametrize("most", [1, 12])

@@ -7,6 +7,7 @@ Inductor's own bindings in a namespace for each, and compiled by Inductor's own 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -76,7 +77,17 @@ def _compile(
         def _load_library_inner(cls, path: str, key: str) -> Any:
             return _Library(path)
 
-    load = Library.load_async("".join([_HEADERS, *functions, *bindings]), "cpu", submit_fn=submit)
+    tasks: list[_Task] = []
+
+    def keep(perform: Callable[[], None]) -> _Task:
+        tasks.append(_Task(perform))
+        return tasks[-1]
+
+    # Inductor submits while it holds the lock that the task takes: a worker waits a moment, but without
+    # workers the task is done right here, and would wait for itself.
+    load = Library.load_async("".join([_HEADERS, *functions, *bindings]), "cpu", submit_fn=keep)
+    for task in tasks:
+        task.future = submit(task.perform)
 
     def loaded() -> list[Callable[..., None]]:
         library = load()
@@ -89,6 +100,19 @@ def _compile(
         return found
 
     return loaded
+
+
+@dataclasses.dataclass
+class _Task:
+    """What a worker is to do."""
+
+    perform: Callable[[], None]
+    future: Any = None  # of the worker; None if it was done at once
+
+    def result(self) -> None:
+        """Wait until it is done."""
+        if self.future is not None:
+            self.future.result()
 
 
 class _Library:
