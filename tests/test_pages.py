@@ -157,17 +157,26 @@ def test_another_reset_after_pages_were_played_ahead(other: str, counted: dict[s
     assert counted["ahead"] and counted["vain"]
 
 
-def test_weights_that_a_reset_replaces_are_read(counted: dict[str, int]) -> None:
+@pytest.mark.parametrize("how", ["moved", "swapped"])
+def test_weights_that_a_reset_replaces_are_read(how: str, counted: dict[str, int]) -> None:
+    """Swapped: without any function of PyTorch that could be watched."""
     loop, fast = resets()
+    torch.manual_seed(5)
+    spare = [nn.Parameter(torch.randn(D, D, dtype=torch.float64)) for _ in range(4)]
     for _ in range(8):
         check(loop, fast, tokens(6 * T), [], 1e-10)
     assert counted["ahead"]
     for step in steps(loop, fast):
         plain = type(step).reset
 
-        def reset(step: Any = step, plain: Any = plain) -> None:
+        def reset(step: Any = step, plain: Any = plain, spare: Any = (*spare,)) -> None:
             plain(step)
-            step.layers[0].inp.weight.data = step.layers[0].inp.weight.data * 0.5
+            weights = step.layers[0].inp._parameters
+            if how == "moved":
+                step.layers[0].inp.weight.data = step.layers[0].inp.weight.data * 0.5
+            else:
+                now = [at for at, weight in enumerate(spare) if weight is weights["weight"]]
+                weights["weight"] = spare[(now[0] + 1) % len(spare) if now else 0]
 
         step.reset = reset
     for _ in range(4):

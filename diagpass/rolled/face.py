@@ -197,7 +197,8 @@ class TransformedLoop(Transformed):
         scores = session.scores.get(form, session.kinds)
         ahead = _ahead(scores, given)
         fills = self._begin(any(score.pages is not None and score.pages.watched for score in scores))
-        scores = session.scores.still(scores, session.kinds)
+        if fills is None or fills.is_lost:
+            scores = session.scores.still(scores, session.kinds)
         while True:
             session = self._session
             run = (

@@ -25,11 +25,15 @@ class Fill(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A tensor (alive: its id and its memory are its own) as it was when it was filled."""
+    """A tensor (alive: its id and its memory are its own) as it was when it was filled.
+
+    ``memory`` is where it lies, 0 if it was made here and nobody else has that memory.
+    """
 
     tensor: Tensor
-    memory: int
     version: int
+    fill: Fill
+    memory: int = 0
 
 
 _ZERO, _ONE = Fill(0, "0"), Fill(1, "1")
@@ -66,12 +70,17 @@ class Fills(TorchFunctionMode):
     ----------
     weights
         What must not be written.
+
+    Attributes
+    ----------
+    is_lost
+        Whether something ran that ended all knowledge. Otherwise no tensor was moved, either.
     """
 
     def __init__(self, weights: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self._is_lost = any(map(Tensor.is_inference, weights))
-        self._weights = () if self._is_lost else weights
+        self.is_lost = any(map(Tensor.is_inference, weights))
+        self._weights = () if self.is_lost else weights
         self._versions = list(map(_version, self._weights))
         self._fills: dict[int, Fill] = {}  # by the address of the memory, which is filled as a whole
         self._known: dict[int, _Known] = {}
@@ -80,28 +89,32 @@ class Fills(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)
-        if not self._is_lost and func not in _READS:
+        if not self.is_lost and func not in _READS:
             self._look(func, args, kwargs or {}, result)
         return result
 
     def _look(self, func: Any, args: Any, kwargs: dict, result: Any) -> None:
         if kwargs.get("out") is not None:
             self._lose()
-        elif func in _WRITES and len(args) == _WRITES[func]:
-            self._holds(args[0], _fill(args[1]) if func is Tensor.fill_ else _ZERO)
-            self._written.add(_memory(args[0]))
         elif func in _CONSTANT:
-            self._fresh.append(result)
-            self._holds(result, _CONSTANT[func])
+            self._made(result, _CONSTANT[func])
         elif func in _NUMBER_AT and len(args) > _NUMBER_AT[func]:
-            self._fresh.append(result)
-            self._holds(result, _fill(args[_NUMBER_AT[func]]))
+            self._made(result, _fill(args[_NUMBER_AT[func]]))
         elif func in _EMPTY:
             self._fresh.append(result)
+        elif func in _WRITES and len(args) == _WRITES[func]:
+            self._wrote(args[0], _fill(args[1]) if func is Tensor.fill_ else _ZERO)
         else:
             self._lose()
 
-    def _holds(self, tensor: Any, fill: Fill | None) -> None:
+    def _made(self, tensor: Any, fill: Fill | None) -> None:
+        self._fresh.append(tensor)
+        if type(tensor) is not Tensor or fill is None or tensor.is_inference():
+            self._lose()
+        else:
+            self._known[id(tensor)] = _Known(tensor, tensor._version, fill)
+
+    def _wrote(self, tensor: Any, fill: Fill | None) -> None:
         if type(tensor) is not Tensor or fill is None or tensor.is_inference():
             self._lose()
             return
@@ -111,10 +124,11 @@ class Fills(TorchFunctionMode):
             return
         memory = storage.data_ptr()
         self._fills[memory] = fill
-        self._known[id(tensor)] = _Known(tensor, memory, tensor._version)
+        self._known[id(tensor)] = _Known(tensor, tensor._version, fill, memory)
+        self._written.add(memory)
 
     def _lose(self) -> None:
-        self._is_lost = True
+        self.is_lost = True
         self._known.clear()
 
     def of(self, tensor: Tensor) -> Fill | None:
@@ -122,11 +136,11 @@ class Fills(TorchFunctionMode):
         known = self._known.get(id(tensor))
         if known is None or tensor._version != known.version:
             return None
-        return self._fills[known.memory]
+        return self._fills[known.memory] if known.memory else known.fill
 
     def wrote_only(self, tensors: Iterable[Tensor]) -> bool:
         """Whether no memory that was there before was written but that of these tensors."""
-        if self._is_lost or list(map(_version, self._weights)) != self._versions:
+        if self.is_lost or list(map(_version, self._weights)) != self._versions:
             return False
         return not self._written or self._written <= set(map(_memory, (*tensors, *self._fresh)))
 

@@ -105,10 +105,12 @@ class Following(Run):
         """Compare one segment with the score; see :meth:`Run.step`."""
         if self.score is None:
             self._choose(program, self._sources.arguments(self, program, args))
-        score = self.chosen()
-        asked = score.asked[self._number] if self._number < len(score.asked) else None
-        if asked is None or program is not asked.program or not self._reads_the_same(asked, args):
-            raise Changed(f"segment {self._segment} does something else, or reads from elsewhere")
+            asked = self.chosen().asked[0]
+        else:
+            known = self.score.asked
+            asked = known[self._number] if self._number < len(known) else None
+            if asked is None or program is not asked.program or not self._reads_the_same(asked, args):
+                raise Changed(f"segment {self._segment} does something else, or reads from elsewhere")
         self._meet()
         if asked.returns is None or self._written:
             return super().step(program, args)
