@@ -83,6 +83,10 @@ def run(
     workspace: Annotated[
         bool, typer.Option(help="cuBLAS with its workspace; without, CUBLAS_WORKSPACE_CONFIG=:0:0")
     ] = True,
+    guards: Annotated[
+        bool,
+        typer.Option(help="Ask all of Dynamo's guards; without, the wavefront's calls skip most of them"),
+    ] = True,
 ) -> None:
     """Measure one shard."""
     if not workspace:
@@ -95,7 +99,11 @@ def run(
     shape = PRESETS[preset]
     rows = _load(out)
     done = {
-        (*(row[key] for key in ("preset", "segment", "tokens", "head", "device")), row.get("workspace", True))
+        (
+            *(row[key] for key in ("preset", "segment", "tokens", "head", "device")),
+            row.get("workspace", True),
+            row.get("guards", True),
+        )
         for row in rows
     }
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
@@ -104,7 +112,7 @@ def run(
         (head, length)
         for head in heads
         for length in map(int, tokens.split(","))
-        if (preset, segment, length, _said(head), name, workspace) not in done
+        if (preset, segment, length, _said(head), name, workspace, guards) not in done
     ]
     if not todo:
         return
@@ -141,10 +149,12 @@ def run(
             compiled.get(head),
             "wanted" if "full" in wanted and (device == "cuda" or length <= 8192) else None,
         )
-        row = _measure(sides, shape, make_ids(shape, length, device), head, budget)
+        row = _measure(sides, shape, make_ids(shape, length, device), head, budget, guards)
         del sides
         row = {
-            "case": f"{preset}, segment {segment}, {length} tokens" + ("" if workspace else ", no workspace"),
+            "case": f"{preset}, segment {segment}, {length} tokens"
+            + ("" if workspace else ", no workspace")
+            + ("" if guards else ", guards skipped"),
             "preset": preset,
             "segment": segment,
             "tokens": length,
@@ -153,6 +163,7 @@ def run(
             "torch": torch.__version__,
             "ran": transformed.report.ran,
             "workspace": workspace,
+            "guards": guards,
             "forms": sorted({f"{fact['width']}: {fact['form']}" for fact in transformed.report.forms}),
             "threads": torch.get_num_threads() if device == "cpu" else 0,
             **row,
@@ -189,7 +200,9 @@ class Sides:
         return {name: functools.partial(side, ids) for name, side in sides.items() if side is not None}
 
 
-def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: str, budget: float) -> dict[str, Any]:
+def _measure(
+    sides: Sides, shape: Preset, ids: torch.Tensor, head: str, budget: float, guards: bool
+) -> dict[str, Any]:
     """One length: times of all sides, memory, and the difference to the strongest sequential run."""
     device, length = ids.device.type, ids.shape[1]
     fast = functools.partial(sides.fast, ids)
@@ -203,6 +216,8 @@ def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: str, budget: 
     for call in calls.values():
         call()
         call()
+    if not guards:
+        calls["wavefront"] = functools.partial(_without_guards, calls["wavefront"])
     measured = milliseconds(
         {name: call for name, call in calls.items() if name != "eager"},
         device,
@@ -234,6 +249,11 @@ def _measure(sides: Sides, shape: Preset, ids: torch.Tensor, head: str, budget: 
         "difference_to_strongest": errors.get("wavefront"),
         "difference_of_eager": errors.get("eager"),
     }
+
+
+def _without_guards(call: Callable[[], Any]) -> Any:
+    with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+        return call()
 
 
 def _static(before: int, device: str) -> int:

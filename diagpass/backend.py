@@ -14,7 +14,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
@@ -84,6 +84,7 @@ class Session:
     restart_for_counters: bool = False
     modes: list[Any] = dataclasses.field(default_factory=list)
     warned: set[str] = dataclasses.field(default_factory=set)
+    answers: ClassVar[bool] = False
 
     def begin(self, device_types: Collection[str]) -> None:
         """Prepare what the capture that is about to begin leads to."""

@@ -15,7 +15,7 @@ import os
 import threading
 import types
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.fx as fx
@@ -57,11 +57,15 @@ _OWN = frozenset(("_original", "_options", "_session", "_entry", "_lock", "_fail
 
 
 class Capturing(Protocol):
-    """What is asked of a session: a backend for Dynamo, and what a capture has to know."""
+    """What is asked of a session: a backend for Dynamo, and what a capture has to know.
+
+    ``answers``: no call may run as it stands; see :func:`diagpass.capture.dynamo.settings`.
+    """
 
     symbols: set[str]
     modes: list[Any]
     captures: int
+    answers: ClassVar[bool]
 
     def begin(self, device_types: Collection[str]) -> None:
         """The first capture is about to begin, of a call with tensors on these devices."""
@@ -78,6 +82,10 @@ class Capturing(Protocol):
 
 class CaptureFailed(Exception):
     """Dynamo could not capture the call; the text is its reason and the user's line."""
+
+
+class Uncaptured(RuntimeError):
+    """A stance of ``torch.compile`` forbids the capture that the call needs; the text is Dynamo's."""
 
 
 def make_entry(model: nn.Module, session: Capturing) -> Callable[..., Any]:
@@ -109,6 +117,8 @@ def call_entry(
     ------
     CaptureFailed
         The call could not be captured.
+    Uncaptured
+        The call was not captured before, and may not be captured now.
     DiagpassError
         Strict mode refused the plan.
     """
@@ -119,7 +129,9 @@ def call_entry(
     while True:
         try:
             # Dynamo skips frames under a dispatch mode: the modes wait and are back when the program runs.
-            settings = contextlib.nullcontext() if is_set else dynamo.settings(session.symbols)
+            settings = (
+                contextlib.nullcontext() if is_set else dynamo.settings(session.symbols, session.answers)
+            )
             is_set = False  # a capture that is tried again has other symbols
             collecting = contextlib.nullcontext() if session.captures else uncollected()
             with settings, collecting, _disable_current_modes() as modes:
@@ -147,6 +159,10 @@ def call_entry(
             if session.drop_guesses():
                 continue
             raise CaptureFailed(dynamo.why(error)) from error
+        except RuntimeError as error:
+            if dynamo.is_forbidden(error):
+                raise Uncaptured(str(error)) from None
+            raise
 
 
 class Transformed(nn.Module):
@@ -377,8 +393,8 @@ def not_captured(model: nn.Module, failed: Exception, what: str = "model") -> Re
 
 
 def is_disabled() -> bool:
-    """Whether the environment says that everything runs as it stands."""
-    return os.environ.get("DIAGPASS_DISABLE", "") not in ("", "0")
+    """Whether everything runs as it stands: the environment says so, or ``torch.compile`` is off."""
+    return os.environ.get("DIAGPASS_DISABLE", "") not in ("", "0") or dynamo.is_off()
 
 
 def with_signature(run: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:

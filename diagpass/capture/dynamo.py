@@ -36,11 +36,57 @@ MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of
 _free = threading.local()  # patches that nobody is in at present, by the symbols that they are for
 
 
+# Stances (torch.compiler.set_stance) under which Dynamo may run a frame as it stands; what is taken instead.
+_ANSWERING = {
+    "eager_then_compile": "default",
+    "aot_eager_then_compile": "default",
+    "eager_on_recompile": "fail_on_recompile",
+}
+
+
+def is_off() -> bool:
+    """Whether ``torch.compile`` does not come to us: it is switched off, or has to take another backend."""
+    stance = _stance()
+    forced = getattr(stance, "stance", "") == "force_eager" or getattr(stance, "backend", None) is not None
+    return bool(torch._dynamo.config.disable or forced)
+
+
+def may_run_plainly() -> bool:
+    """Whether the user's stance has what was not captured before run as it stands."""
+    return getattr(_stance(), "stance", "") == "eager_on_recompile"
+
+
+def is_forbidden(error: RuntimeError) -> bool:
+    """Whether Dynamo raised this because of a stance under which nothing is captured."""
+    return any(name in str(error) for name in ("'fail_on_recompile'", "skip_guard_eval_unsafe stance"))
+
+
+def _stance() -> Any:
+    return getattr(torch._dynamo.eval_frame, "_stance", None)
+
+
+def _answering() -> contextlib.AbstractContextManager[Any]:
+    """Inside, Dynamo finds or makes a capture, or raises."""
+    stance = _stance()
+    wanted = _ANSWERING.get(getattr(stance, "stance", ""))
+    if wanted is None:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance(wanted, skip_guard_eval_unsafe=stance.skip_guard_eval_unsafe)
+
+
 @contextlib.contextmanager
-def settings(symbols: Collection[str] = ()) -> Iterator[None]:
-    """The configuration for capturing and running; ``symbols`` are sources to keep symbolic.
+def settings(symbols: Collection[str] = (), answers: bool = False) -> Iterator[None]:
+    """The configuration for capturing and running.
 
     A patch of torch's configuration leaves a context variable behind for good, so patches are used again.
+
+    Parameters
+    ----------
+    symbols
+        Sources to keep symbolic.
+    answers
+        Whether nothing may run as it stands, whatever stance is set: a segment whose state is not computed
+        yet would read memory that holds nothing.
     """
     pattern = _pattern(frozenset(symbols))
     free = _free.__dict__.setdefault(pattern, [])
@@ -48,6 +94,8 @@ def settings(symbols: Collection[str] = ()) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
+        if answers:
+            stack.enter_context(_answering())
         yield
     free.append(patches)
 

@@ -54,6 +54,7 @@ from diagpass.state import Memos, Snapshot
 from diagpass.transformed import (
     CaptureFailed,
     Transformed,
+    Uncaptured,
     call_entry,
     call_key,
     is_disabled,
@@ -176,6 +177,10 @@ class TransformedLoop(Transformed):
                 whole = self._dry_run(segments, state, kwargs, reset=False) if narrow else None
                 self._refuse_because(stopped, key, whole)
                 return _go_on(loop, segments, state, kwargs)
+            except Uncaptured:
+                if not dynamo.may_run_plainly():
+                    raise
+                return _go_on(loop, segments, state, kwargs)
             self._remember(run, "wavefront")
             return result
 
@@ -249,7 +254,7 @@ class TransformedLoop(Transformed):
 
     def _follow(self, run: Following, segments: list[Any], kwargs: dict) -> Any:
         """Do what the score says, if Dynamo says that the call is the same; the outputs, joined."""
-        with dynamo.settings(self._session.symbols):
+        with dynamo.settings(self._session.symbols, self._session.answers):
             for segment in segments:
                 run.begin()
                 if run.repeats:
@@ -371,11 +376,13 @@ class TransformedLoop(Transformed):
                         try:
                             for done in self._record(run, [segment], kwargs, stream=True):  # noqa: B007
                                 pass
-                        except _STOPS as stopped:
+                        except (*_STOPS, Uncaptured) as stopped:
                             if isinstance(stopped, NotAWeight):
                                 self._take_for_state(stopped.names)
-                            else:
+                            elif not isinstance(stopped, Uncaptured):
                                 self._refuse_because(stopped, _key(self, segment, kwargs))
+                            elif not dynamo.may_run_plainly():
+                                raise
                             done = run.drain()
                             run.finish()
                             plain = True

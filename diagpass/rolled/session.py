@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
@@ -67,6 +67,7 @@ class StepSession:
     foreseen: set[str] = dataclasses.field(default_factory=set)
     scores: Scores = dataclasses.field(default_factory=Scores)
     source: str = "L['model']"
+    answers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.kinds = Kinds(self.options)

@@ -42,6 +42,7 @@ from diagpass.state import Snapshot
 from diagpass.transformed import (
     CaptureFailed,
     Transformed,
+    Uncaptured,
     call_entry,
     call_key,
     is_disabled,
@@ -95,6 +96,11 @@ class TransformedModel(Transformed):
             except _STOPS as stopped:
                 before.restore(keep_setup=True)
                 self._refuse_because(stopped, key)
+                return self._original(*args, **kwargs)
+            except Uncaptured:
+                before.restore(keep_setup=True)
+                if not dynamo.may_run_plainly():
+                    raise
                 return self._original(*args, **kwargs)
             except (NotImplementedError, RuntimeError) as error:  # the modes may be the cause
                 before.restore(keep_setup=True)
@@ -370,7 +376,7 @@ class TransformedModel(Transformed):
                 put_back()
                 try:
                     return self._record(outer, args, kwargs)
-                except _STOPS as stopped:
+                except (*_STOPS, Uncaptured) as stopped:
                     outer.failed = stopped
                     raise
                 finally:
