@@ -56,7 +56,7 @@ def as_markdown(rows: Sequence[dict]) -> str:
         "*all* positions or of the *last* one of each segment. Rows of one device are those of the version",
         "of their day. [Profiles](profiles.md) says where the time goes. Times of the small model below",
         "some 10 ms are the host's, and moved by a factor of two between machines of one kind and within",
-        "minutes on one.",
+        "minutes on one: rows from a *slower host* are kept beside the others.",
         "",
     ]
     for device in dict.fromkeys((row["device"], row["torch"]) for row in rows):
