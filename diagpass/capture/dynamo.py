@@ -151,7 +151,10 @@ def counters() -> set[str]:
         for attribute in attributes:
             if type(getattr(owner, attribute, None)) is not int:
                 continue
-            base = source_name(variable.source)
+            try:
+                base = source_name(variable.source)
+            except NotImplementedError:  # made inside the frame
+                continue
             found |= {
                 name for name in (f"{base}.{attribute}", f"{base}.__dict__['{attribute}']") if name in guarded
             }

@@ -125,7 +125,7 @@ class _Expansion:
         self._values: dict[fx.Node, Any] = {}  # per node of Dynamo's: its result, made of new nodes
         self._traces: dict[Hashable, _Trace] = {}
         self._memory: dict[int, list[fx.Node]] = {}  # the new nodes whose results lie in a memory
-        self._now: dict[fx.Node, fx.Node] = {}  # per node that was written in place: its latest value
+        self._now: dict[fx.Node, fx.Node] = {}  # per node that was written in place: its value afterwards
         self._stale: set[fx.Node] = set()  # other views of what was written
 
     def run(self, inputs: Sequence[Any]) -> Expanded:
@@ -143,6 +143,11 @@ class _Expansion:
         written = tuple(at for at, node in enumerate(placeholders) if node in self._now)
         places = {node: at for at, node in enumerate(placeholders)}
         values = [placeholders[at] for at in written]
+        for place in values:
+            while place in self._now:
+                place = self._now[place]
+                if place in pytree.tree_leaves(results):
+                    raise Unsure("an input that is written is returned under another name")
         self._graph.output(tuple(fx.map_arg([*values, *results], self._latest)))
         self._graph.eliminate_dead_code()
         graph = _make_graph_module(torch.nn.Module(), self._graph)  # its code is written once it is asked for
@@ -170,9 +175,11 @@ class _Expansion:
 
     def _latest(self, node: fx.Node) -> fx.Node:
         """What a node's tensor holds by now."""
-        if node in self._stale:
-            raise Unsure("a tensor is read of which another view was written")
-        return self._now.get(node, node)
+        while node not in self._stale:
+            if node not in self._now:
+                return node
+            node = self._now[node]
+        raise Unsure("a tensor is read of which another view was written")
 
     def _check(self, value: Any) -> None:
         """Raise unless it is a symbol or an ordinary tensor of fixed size, as Dynamo represents one."""
@@ -233,7 +240,7 @@ class _Expansion:
         if any(node.op == "placeholder" for node in others):
             raise Unsure("a view of an input is written")
         self._stale.update(others)
-        self._now[written] = after
+        self._now[before] = after
 
     def _number(self, node: fx.Node, given: Any) -> Any:
         """The result of arithmetic with symbols."""

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -364,10 +364,23 @@ class _Emitter:
             if isinstance(leaf, fx.Node):
                 self._value(leaf)
         shared = self.cells.graph.meta.get(NEWLY_SHARED, frozenset())
+        places = {leaf: at for at, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)}
+        left: dict[fx.Node, Any] = {}
 
         def leave(at: int, node: Any) -> Any:
             if not isinstance(node, fx.Node):
                 return node
+            if node not in left:
+                left[node] = leave_one(at, node)
+            return left[node]
+
+        def leave_one(at: int, node: fx.Node) -> Any:
+            base, views = _views_of(node, places)
+            if base is not None:  # a view of what leaves, too, stays one
+                value = leave(places[base], base)
+                for view in views:
+                    value = self.graph.node_copy(view, lambda _, source=value: source)
+                return value
             value, example = self._value(node), node.meta.get("val")
             if not isinstance(example, torch.Tensor):
                 return value
@@ -379,6 +392,23 @@ class _Emitter:
             return self.graph.call_function(restride, (value, stride, bool(value.meta.get("row"))))
 
         self.graph.output(tree_unflatten([leave(at, leaf) for at, leaf in enumerate(leaves)], spec))
+
+
+def _views_of(node: fx.Node, others: Container[fx.Node]) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The nearest of some computed values that a value is a view of, and the operations that make it."""
+    views: list[fx.Node] = []
+    while is_operation(node) and len(node.all_input_nodes) == 1:
+        (source,) = node.all_input_nodes
+        value, base = node.meta.get("val"), source.meta.get("val")
+        if not (isinstance(value, torch.Tensor) and isinstance(base, torch.Tensor)):
+            break
+        if value.untyped_storage()._cdata != base.untyped_storage()._cdata:
+            break
+        views.insert(0, node)
+        if source in others and is_operation(source):
+            return source, views
+        node = source
+    return None, []
 
 
 def emit(

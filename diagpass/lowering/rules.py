@@ -169,7 +169,7 @@ def _addmm(target: Any, width: Width, args: tuple, kwargs: dict) -> Stacked:
     if not isinstance(bias, Stacked) and not isinstance(right, Stacked) and bias.dim() == 1:
         return _unfold(torch.addmm(bias, _fold(left.tensor), right, **kwargs), width)
     bias = _stack(bias, width)
-    if bias.dim() == 2:  # (G, N): one row for all M
+    while bias.dim() < 3:  # (G, N): one row for all M; (G,): a number
         bias = bias.unsqueeze(1)
     return Stacked(torch.baddbmm(bias, _stack(left, width), _stack(right, width), **kwargs))
 

@@ -202,7 +202,7 @@ class TransformedLoop(Transformed):
         scores = session.scores.get(form, session.kinds)
         ahead = _ahead(scores, given)
         fills = self._begin(any(score.pages is not None and score.pages.watched for score in scores))
-        if fills is None or fills.is_lost:
+        if fills is None or fills.is_lost or not session.kinds.follow_weights:
             scores = session.scores.still(scores, session.kinds)
         while True:
             session = self._session
@@ -455,6 +455,7 @@ class TransformedLoop(Transformed):
         result = self._step(run, args, kwargs, is_set)
         if loop.carries_state:
             result, carried.value = split_result(result, loop.step)
+        run.check_results(result)
         return result
 
     def _step(self, run: Run, args: tuple, kwargs: dict, is_set: bool) -> Any:

@@ -217,8 +217,7 @@ class Kinds:
 
     def refresh(self) -> Standing:
         """Bring plan and stacks up to date with the weights' values, before waves run; what stands then."""
-        known = self._stacks if self._plan is not None else None
-        if known is not None and known.follow_weights and self._where() == self._places:
+        if self.follow_weights and self._where() == self._places:
             return self._at(self._places)
         self.replan()
         assert self._stacks is not None
@@ -231,6 +230,11 @@ class Kinds:
         self._plans = {}  # a weight that is in no stack may have moved
         self._places = self._where()  # stacking moves weights, too
         return self._at(self._places)
+
+    @property
+    def follow_weights(self) -> bool:
+        """Whether the stacks are up to date as long as no weight moves."""
+        return self._plan is not None and self._stacks is not None and self._stacks.follow_weights
 
     def _where(self) -> Places:
         """Where the weights lie, and how."""

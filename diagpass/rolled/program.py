@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from diagpass.ir import Cell
 from diagpass.options import Options
 from diagpass.pipeline import Refusal, cut_into_cells, prepare
 from diagpass.rolled.capture import StepGraph
+from diagpass.runtime.layouts import have_common
 
 __all__ = ["Lump", "Output", "StepCell", "StepProgram", "make_program"]
 
@@ -123,6 +125,20 @@ class StepProgram:
         if len(places) < 2:  # of one an itemgetter makes no tuple
             return lambda args: [args[at] for at in places]
         return operator.itemgetter(*places)
+
+    @functools.cached_property
+    def overlapping(self) -> list[tuple[int, int]]:
+        """Pairs of returned values, both computed, that have elements in common."""
+        members: dict[int, list[int]] = {}
+        for at, out in enumerate(self.returned):
+            if out.group is not None and out.passed is None and isinstance(out.node, fx.Node):
+                members.setdefault(out.group, []).append(at)
+        return [
+            (a, b)
+            for places in members.values()
+            for a, b in itertools.combinations(places, 2)
+            if have_common(self.returned[a].node.meta["val"], self.returned[b].node.meta["val"])
+        ]
 
     @functools.cached_property
     def idle(self) -> frozenset[int]:

@@ -465,6 +465,27 @@ class Run:
             self.writer.result(self, result)
         self._waiting.append((result, ready, tokens))
 
+    def check_results(self, outputs: Any) -> None:
+        """Refuse what tokens cannot stand for, when Dynamo has been asked about a segment.
+
+        Parameters
+        ----------
+        outputs
+            What the step hands out.
+        """
+        if self.last is None:
+            return
+        program, _, results = self.last
+        if any(id(value) in self._tokens and _is_shared(value) for value in results):
+            raise Conflict(
+                "a result of the step becomes another tensor on the same memory (of a subclass, say); "
+                "give it ordinary tensors"
+            )
+        handed_out = {id(leaf) for leaf in tree_leaves(outputs)} if program.overlapping else set()
+        for pair in program.overlapping:
+            if not handed_out.intersection(id(results[at]) for at in pair):
+                raise Conflict("two tensors that the step keeps share memory; keep a copy of one (clone)")
+
     def wait_for(self, value: Any, tokens: list[tuple[torch.Tensor, Box]]) -> None:
         """Say that a recorded segment's result is ``value``, which holds these tokens."""
         ready = max((box.ready for _, box in tokens), default=NOW)
@@ -602,6 +623,19 @@ class Run:
                 continue
             with clock_of_wave():
                 self.batched_cells += runner(self.kinds, self.max_width)(part)
+
+
+def _uses(tensor: torch.Tensor) -> int:
+    count: Any = getattr(torch._C, "_storage_Use_Count")  # noqa: B009
+    return count(tensor.untyped_storage()._cdata)
+
+
+_ALONE = _uses(torch.empty(1))
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    """Whether another tensor lies in its memory."""
+    return _uses(tensor) > _ALONE
 
 
 def _run_glue(function: Callable[..., Any], *values: Any) -> list[Any]:

@@ -41,7 +41,7 @@ class Scores:
         scores = self._known.get(form)
         if not scores or current() is not None:  # a clock is to see each wave
             return []
-        standing = kinds.refresh()
+        standing = kinds.refresh() if kinds.follow_weights else kinds.standing()
         scores[:] = [score for score in scores if _stands(score, standing)]
         if not kinds.runner.buffers.are_free:  # a stream is under way
             return []
@@ -50,8 +50,8 @@ class Scores:
         return list(scores)
 
     def still(self, scores: Sequence[Score], kinds: Kinds) -> list[Score]:
-        """Those of the scores that hold after the reset, too."""
-        standing = kinds.standing() if scores else None
+        """Those of the scores that hold after the reset, too, which may have written weights."""
+        standing = kinds.refresh() if scores else None
         return [score for score in scores if standing is not None and _stands(score, standing)]
 
     def was_followed(self, score: Score, given: Mapping[int, torch.Tensor], kinds: Kinds) -> None:

@@ -428,6 +428,7 @@ class TransformedModel(Transformed):
             ) from None
         finally:
             session.run, session.carried, run.scope = None, (), {}
+        run.check_results(result)
         if run.has_own_memory(result):
             run.outputs(tree_leaves(result))
         fresh = session.captures > captures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["like", "overlaps"]
+__all__ = ["have_common", "like", "overlaps"]
 
 
 def like(value: torch.Tensor) -> torch.Tensor:
@@ -20,3 +20,25 @@ def overlaps(value: torch.Tensor) -> bool:
             return True
         span += (size - 1) * step
     return value.untyped_storage().nbytes() == 0
+
+
+def have_common(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two (fake) tensors on one memory have elements in common."""
+    if one.numel() == 0 or other.numel() == 0:
+        return False
+    ends = [
+        int(
+            value.storage_offset()
+            + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        )
+        for value in (one, other)
+    ]
+    marked = torch.zeros(max(ends) + 1, dtype=torch.bool, device="cpu")
+    _part(marked, one).fill_(True)
+    return bool(_part(marked, other).any())
+
+
+def _part(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return memory.as_strided(
+        tuple(map(int, like.shape)), tuple(map(int, like.stride())), int(like.storage_offset())
+    )
