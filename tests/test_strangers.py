@@ -422,3 +422,25 @@ def test_gradients_that_are_left_behind_are_the_plain_models() -> None:
         got = fast.original.get_parameter(name).grad
         assert (got is None) == (parameter.grad is None), name
         assert got is None or torch.equal(got, parameter.grad), name
+
+
+class Positive(nn.Module):
+    """A size that depends on values, inside of a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(L))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outputs = [x.new_zeros(B, D) for _ in self.layers], []
+        for h in x.split(T, 1):
+            for at, layer in enumerate(self.layers):
+                h = torch.tanh(layer(h) + state[at][:, None])
+                state[at] = h.mean(1)
+                h = h + h[h > 0].sum()
+            outputs.append(h)
+        return torch.cat(outputs, 1)
+
+
+def test_sizes_that_depend_on_values() -> None:
+    compare(Positive(), *((tokens(4) * scale - 1,) for scale in (1, 2, 3)))

@@ -88,13 +88,16 @@ def expand(gm: fx.GraphModule, inputs: Sequence[Any]) -> Expanded:
         raise Unsure("inference mode")
     if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in inputs):
         raise Unsure("gradients")
+    pending = getattr(mode.shape_env, "pending_fresh_unbacked_symbols", [])
+    before = list(pending)
     try:
         with torch.no_grad(), mode, enable_python_dispatcher():
             return _Expansion(gm, mode).run(inputs)
-    except Unsure:
-        raise
-    except Exception as error:  # something that nobody thought of
-        raise Unsure(f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        pending[:] = before  # sizes that depend on values, which nobody else will find in a result
+        if isinstance(error, Unsure):
+            raise
+        raise Unsure(f"{type(error).__name__}: {error}") from error  # something that nobody thought of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,12 +40,16 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 def value_bytes(value: Any) -> int:
-    """Bytes of a (fake) tensor, or of all tensors in a pytree of them."""
+    """Bytes of a (fake) tensor, or of all tensors in a pytree of them; sizes that depend on values count 0."""
     return sum(
-        math.prod(int(size) for size in leaf.shape) * leaf.element_size()
+        math.prod(map(_known, leaf.shape)) * leaf.element_size()
         for leaf in tree_leaves(value)
         if isinstance(leaf, torch.Tensor)
     )
+
+
+def _known(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def cell_flops(cell: Cell) -> int:
