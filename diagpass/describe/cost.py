@@ -40,7 +40,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 def value_bytes(value: Any) -> int:
-    """Bytes of a (fake) tensor, or of all tensors in a pytree of them; sizes that depend on values count 0."""
+    """Bytes of a (fake) tensor, or of all in a pytree of them; sizes that depend on values count as none."""
     return sum(
         math.prod(map(_known, leaf.shape)) * leaf.element_size()
         for leaf in tree_leaves(value)

@@ -200,9 +200,10 @@ class TransformedLoop(Transformed):
         form = whole, len(segments), max_width
         given, session = Given(segments), self._session
         scores = session.scores.get(form, session.kinds)
-        ahead = _ahead(scores, given)
+        in_place = session.kinds.follow_weights  # else the reset may write what a stack is a copy of
+        ahead = _ahead(scores, given) if in_place else None
         fills = self._begin(any(score.pages is not None and score.pages.watched for score in scores))
-        if fills is None or fills.is_lost or not session.kinds.follow_weights:
+        if fills is None or fills.is_lost or not in_place:
             scores = session.scores.still(scores, session.kinds)
         while True:
             session = self._session
