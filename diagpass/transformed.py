@@ -54,9 +54,7 @@ __all__ = [
 
 _numbers = itertools.count()
 _OWN = frozenset(("_original", "_options", "_session", "_entry", "_lock", "_failed", "_verified", "forward"))
-
-
-_HOOKS: Any = tuple(
+_HOOKS: Any = tuple(  # that are registered for all modules
     getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
     for kind in ("forward_pre", "forward", "backward_pre", "backward")
 )
@@ -98,7 +96,7 @@ def make_entry(model: nn.Module, session: Capturing) -> Callable[..., Any]:
     """The compiled call of one model, with a code object of its own (Dynamo caches by code object)."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        for hooks in _HOOKS:  # of all modules: Dynamo looks at them only where there are any
+        for hooks in _HOOKS:  # Dynamo looks at these only where there are any
             len(hooks)
         return model(*args, **kwargs)
 

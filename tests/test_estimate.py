@@ -145,8 +145,8 @@ def recorded(request: pytest.FixtureRequest) -> tuple[diagpass.Report, list[dict
 def test_estimates_are_within_30_percent_where_the_device_is_the_limit(
     recorded: Any, start: float | None
 ) -> None:
-    """All lengths of the best sequential run, and all of the wavefront but, on the H100 and on the H200 with
-    the slower host, short ones of the small model.
+    """All lengths of the best sequential run, and all of the wavefront but, on the H100, short ones of the
+    small model.
 
     There the host is the limit, and was slower than its figures say (docs/derivations.md). What a kernel
     takes to start was measured; on the H100, for segments of 1,024 tokens, the result does not hang on it
@@ -158,7 +158,7 @@ def test_estimates_are_within_30_percent_where_the_device_is_the_limit(
     for row in rows:
         sides = compare(report, row, start)
         assert abs(sides["sequential"]["error"]) < 0.3, row["case"]
-        if row["preset"] == "1B" or row["tokens"] >= 32 * row["segment"] or row["device"] == "NVIDIA H200":
+        if row["preset"] == "1B" or row["tokens"] >= 32 * row["segment"] or "H200" in row["device"]:
             assert abs(sides["wavefront"]["error"]) < 0.3, row["case"]
         else:
             assert sides["wavefront"]["error"] < 0, row["case"]

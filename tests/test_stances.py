@@ -93,6 +93,8 @@ def test_what_may_not_be_captured_is_said_as_pytorch_says_it() -> None:
     with torch.no_grad(), set_stance("fail_on_recompile"):
         with pytest.raises(RuntimeError, match="Detected recompile"):
             fast(tokens(6 * T))
+        loop.reset_step()
+        assert_state_same(fast.original, loop, 0.0, "as the reset left it")
         with pytest.raises(RuntimeError, match="Detected recompile"):
             list(fast.stream(tokens(6 * T).split(T, dim=1)))
         fast.resume()

@@ -39,6 +39,7 @@ from diagpass.rolled.values import NOW, Box, aggregate, derived, read, union
 from diagpass.rolled.view import View
 from diagpass.rolled.waves import PendingCell, runner
 from diagpass.runtime.clock import clock_of_wave
+from diagpass.runtime.layouts import is_shared
 
 log = logging.getLogger(__name__)
 
@@ -476,7 +477,7 @@ class Run:
         if self.last is None:
             return
         program, _, results = self.last
-        if any(id(value) in self._tokens and _is_shared(value) for value in results):
+        if any(id(value) in self._tokens and is_shared(value) for value in results):
             raise Conflict(
                 "a result of the step becomes another tensor on the same memory (of a subclass, say); "
                 "give it ordinary tensors"
@@ -623,19 +624,6 @@ class Run:
                 continue
             with clock_of_wave():
                 self.batched_cells += runner(self.kinds, self.max_width)(part)
-
-
-def _uses(tensor: torch.Tensor) -> int:
-    count: Any = getattr(torch._C, "_storage_Use_Count")  # noqa: B009
-    return count(tensor.untyped_storage()._cdata)
-
-
-_ALONE = _uses(torch.empty(1))
-
-
-def _is_shared(tensor: torch.Tensor) -> bool:
-    """Whether another tensor lies in its memory."""
-    return _uses(tensor) > _ALONE
 
 
 def _run_glue(function: Callable[..., Any], *values: Any) -> list[Any]:

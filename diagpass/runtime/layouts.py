@@ -1,10 +1,12 @@
-"""Tensors that stand in for others: of the same layout, in memory of their own."""
+"""How tensors lie in memory: others like them, and what else lies there."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-__all__ = ["have_common", "like", "overlaps"]
+__all__ = ["have_common", "is_shared", "like", "overlaps"]
 
 
 def like(value: torch.Tensor) -> torch.Tensor:
@@ -36,6 +38,19 @@ def have_common(one: torch.Tensor, other: torch.Tensor) -> bool:
     marked = torch.zeros(max(ends) + 1, dtype=torch.bool, device="cpu")
     _part(marked, one).fill_(True)
     return bool(_part(marked, other).any())
+
+
+def is_shared(value: torch.Tensor) -> bool:
+    """Whether another tensor lies in the same memory."""
+    return _uses(value) > _ALONE
+
+
+def _uses(value: torch.Tensor) -> int:
+    count: Any = getattr(torch._C, "_storage_Use_Count")  # noqa: B009
+    return count(value.untyped_storage()._cdata)
+
+
+_ALONE = _uses(torch.empty(1))
 
 
 def _part(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
