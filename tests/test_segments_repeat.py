@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diagpass import SegmentLoop
+from diagpass import DiagpassError, SegmentLoop
 from diagpass.rolled.repeat import Repeat
 from tests.helpers import assert_state_same, assert_tree_same, clone_tree, fast_copy
 from tests.rolled_models import B, D, Step, T, tokens
@@ -120,6 +120,64 @@ class Uses(Layer):
         return super().forward(h + self.seen)
 
 
+class FirstIsOther(Layer):
+    """The first segment writes another state than later ones, and keeps it for them."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.first: Tensor | None = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.first is None:
+            h = torch.tanh(self.inp(h))
+            self.first = self.state = h.amax(1, keepdim=True)
+            return h
+        return super().forward(h + self.first)
+
+
+class KeepsTheOld(Layer):
+    """The state before, which no segment reads, and from a first segment on that is another."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.began = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.older = self.state
+        if not self.began:
+            self.began = True
+            h = h * 2
+        return super().forward(h)
+
+
+class BuffersLater(Buffers):
+    """State written in place, except by the first segment."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.began = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.began:
+            return super().forward(h)
+        self.began = True
+        return Layer.forward(self, h)
+
+
+class SetsANumber(Layer):
+    """A number that the first segment sets to another value than later ones, which read it before."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.number, self.began = 3, False
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = super().forward(h + self.number)
+        self.number = 5 if self.began else 7
+        self.began = True
+        return h
+
+
 class Remembers(Layer):
     """Every state, in a list that grows."""
 
@@ -140,6 +198,10 @@ CASES = {
     Buffers: True,
     Turns: None,
     Uses: None,
+    FirstIsOther: True,
+    KeepsTheOld: True,
+    BuffersLater: True,
+    SetsANumber: None,
     Remembers: False,
 }
 
@@ -156,7 +218,7 @@ def test_repeating_changes_nothing(
 ) -> None:
     loop = loop_of(layer)
     fast = fast_copy(loop, max_width=max_width)
-    for length in (12 * T, 12 * T, 15 * T - 1, 3 * T, 9 * T + 1):
+    for length in (12 * T, 12 * T, 15 * T - 1, 3 * T, 9 * T + 1, 2 * T, 4 * T, 3 * T, 4 * T):
         x = tokens(length)
         with torch.no_grad():
             expected, got = loop(x), fast(x)
@@ -323,3 +385,108 @@ def test_the_inputs_are_left_alone() -> None:
         fast(x)
     assert torch.equal(x, given)
     assert copy.deepcopy(fast.original.step.layers[0]).seen == 27
+
+
+class First(Step):
+    """Returns its state with the output; the first segment's is kept by the layers, later ones are not."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.began = False
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        state = self.layers[-1].state
+        if self.began:
+            state = state * 2
+        self.began = True
+        return y, state
+
+
+class Watching:
+    """How often Dynamo was asked about a segment in the calls of a loop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from diagpass.rolled.face import TransformedLoop
+
+        self.asked = 0
+        ask = TransformedLoop._ask
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.asked += 1
+            return ask(*args, **kwargs)
+
+        monkeypatch.setattr(TransformedLoop, "_ask", counted)
+
+    def of(self, call: Any) -> int:
+        before = self.asked
+        with torch.no_grad():
+            call()
+        return self.asked - before
+
+
+@pytest.mark.parametrize(
+    ("layer", "step", "asked"),
+    [
+        (Layer, Step, 2),  # the state at the start is of batch 1
+        (Counts, Step, 2),
+        (WritesOnly, Step, 2),
+        (Buffers, Step, 2),
+        (OutputIsState, Step, 1),
+        (BuffersLater, Step, 2),
+        (FirstIsOther, Step, 3),  # at the second segment two attributes are one tensor
+        (FirstIsOther, First, 3),
+        (KeepsTheOld, Step, 4),
+    ],
+)
+def test_what_follows_a_behaviour_is_remembered(
+    layer: type[Layer], step: type[Step], asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later calls ask about the first segment of a behaviour only, unless it moves what it was given."""
+    loop = loop_of(layer, step)
+    fast = fast_copy(loop)
+    for length in (6 * T, 2 * T, 3 * T, 5 * T, 4 * T, 4 * T, 9 * T, 3 * T):
+        x = tokens(length)
+        with torch.no_grad():
+            assert_tree_same(fast(x), loop(x), 1e-12, "output")
+        assert_state_same(fast.original, loop, 1e-12, "state")
+    watching = Watching(monkeypatch)
+    assert watching.of(lambda: fast(tokens(7 * T))) == asked
+
+
+def test_it_is_remembered_for_these_circumstances_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of another kind (its layout, here) is watched anew."""
+    loop = loop_of(Layer)
+    loop.reset = None
+    fast = fast_copy(loop)
+    x = tokens(6 * T)
+    with torch.no_grad():
+        fast(x), loop(x)
+        watching = Watching(monkeypatch)
+        assert watching.of(lambda: fast(x)) == 1
+        loop(x)
+        for each in (loop, fast.original):
+            for layer in each.step.layers:
+                layer.state = torch.zeros(B, 1, 2 * D, dtype=torch.float64)[..., ::2]
+        assert watching.of(lambda: fast(x)) > 1
+        loop(x)
+    assert_state_same(fast.original, loop, 1e-12, "state")
+
+
+def test_a_number_that_is_returned_is_no_constant_by_then() -> None:
+    """The sequential loop cannot join it; so says the wavefront, at the third call too."""
+
+    class Numbers(Step):
+        def reset(self) -> None:
+            super().reset()
+            self.seen = 0
+
+        def forward(self, x: Tensor) -> Any:
+            self.seen += 1
+            return super().forward(x), self.seen
+
+    fast = fast_copy(loop_of(Layer, Numbers))
+    with torch.no_grad():
+        for _ in range(3):
+            with pytest.raises(DiagpassError, match="is 1 for segment 0 and 2 for"):
+                fast(tokens(5 * T))

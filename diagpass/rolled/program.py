@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import networkx as nx
@@ -98,6 +98,9 @@ class StepProgram:
         Tensors that the graph itself holds.
     first_cell
         Number of the program's first cell among the cells of all programs.
+    successions
+        What is known of segments that follow one of the same behaviour, by the circumstances
+        (:mod:`diagpass.rolled.repeat`).
     """
 
     step: StepGraph
@@ -109,6 +112,7 @@ class StepProgram:
     returned: tuple[Output, ...]
     constants: dict[fx.Node, torch.Tensor]
     first_cell: int = 0
+    successions: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def moving(self) -> tuple[int, ...]:

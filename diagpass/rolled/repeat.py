@@ -9,6 +9,14 @@ but for tensors and for counters that no guard asks about; and the tensors have 
 before, since they come from the same outputs of the same graph. So the guards that held will hold, the same
 graph will be chosen and its inputs will come from the same places, by induction for any number of segments.
 
+What follows a behaviour is settled by the behaviour, not by what ran before it. So once two transitions have
+shown where its inputs come from, it is remembered with the program (:class:`Succession`), and later one
+segment of it will do: the guards have held for it, no object is changed but as closed effects say, and the
+tensors that replace what it read are like those that took that place then. The circumstances must be those of
+then: what the inputs are like, which of them are one object, and what the step keeps, results of the segment
+or inputs that stay. Where a segment keeps what was its input in another place, two transitions of the same
+call are watched each time.
+
 ``Repeat.saw`` looks at each segment that Dynamo was asked about; ``Repeat.record`` records one more of the
 same, or says that it is another one; ``Repeat.settle`` brings tokens and counters up to date, before Dynamo
 is asked again and at the end.
@@ -18,8 +26,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
@@ -28,9 +36,10 @@ from diagpass.capture.effects import resolve
 from diagpass.rolled.program import StepProgram
 from diagpass.rolled.values import Box
 
-__all__ = ["WATCHED", "Origin", "Repeat"]
+__all__ = ["WATCHED", "Origin", "Repeat", "Succession"]
 
-WATCHED = 3  # segments in a row that must be alike, with two transitions between them
+WATCHED = 3  # segments in a row, two transitions, that show what follows a behaviour
+CIRCUMSTANCES = 8  # of one behaviour that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,16 @@ class Origin:
     at: int = 0
 
 
+class Succession(NamedTuple):
+    """Where the inputs of a segment came from that followed one of the same behaviour.
+
+    ``is_sure`` says that another transition showed the same.
+    """
+
+    origins: list[Origin]
+    is_sure: bool = False
+
+
 @dataclasses.dataclass
 class _Seen:
     """A segment that Dynamo was asked about; tensors are remembered without keeping them."""
@@ -50,22 +69,20 @@ class _Seen:
     program: StepProgram
     args: list[Any]
     results: list[Any]
-    origins: list[Origin] | None
-    described: list[Any]
+    transition: tuple[list[Origin], Hashable] | None = None  # to it, and the circumstances
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """A result of the graph that is handed out and is state as well.
+class _Kept(NamedTuple):
+    """Something that the step keeps: result ``at`` of the segment, input ``at`` of it, or elsewhere (None).
 
-    What was handed out holds that segment's value for good, so the state becomes another tensor at the end.
-    ``owner`` has it as its ``attribute``, or it is leaf ``at`` of the state that is passed on.
+    ``owner`` has it as its ``attribute``, or it is leaf ``leaf`` of the state that is passed on.
     """
 
-    number: int
+    place: str
+    at: int
     owner: Any = None
     attribute: str = ""
-    at: int = 0
+    leaf: int = 0
 
 
 @dataclasses.dataclass
@@ -125,34 +142,41 @@ class Repeat:
         found = program.step.effects
         if not found.closed or (program.step.written and any(g is not None for g in program.step.groups)):
             return
-        leaves, spec = tree_flatten(segment)
-        origins: list[Origin] | None = None
-        if before is not None and before.program is program:
-            origins = _origins(before, program, args, leaves)
-        described = [_description(value) for value in args]
         seen = self._last = _Seen(
-            program,
-            [_weak(value) for value in args],
-            [_weak(value) for value in results],
-            origins,
-            described,
+            program, [_weak(value) for value in args], [_weak(value) for value in results]
         )
-        if before is None or origins is None or before.origins != origins:
+        follows = before is not None and before.program is program
+        if not follows and not program.successions:
             return
-        if before.described != described:
+        keeping = _keeping(run, program, args, results, state)
+        passed = [leaf for leaf in tree_leaves((result, state)) if not isinstance(leaf, torch.Tensor)]
+        if keeping is None or not all(isinstance(leaf, _ATOMS) for leaf in passed):
             return
-        self._steady = self._arm(run, seen, args, results, (leaves, spec), result, state)
+        given = tree_flatten(segment)
+        circumstances = _circumstances(program, args, given[0], keeping, passed)
+        known = program.successions.get(circumstances)
+        is_watched = False
+        if before is not None and follows:
+            origins = _origins(before, program, args, given[0])
+            seen.transition = None if origins is None else (origins, circumstances)
+            is_watched = origins is not None and before.transition == seen.transition
+            known = _learn(program, circumstances, origins)
+        if known is not None and known.is_sure and (is_watched or _stays(known.origins, keeping)):
+            self._steady = self._arm(run, known.origins, args, results, given, result, keeping, is_watched)
 
     def _arm(
         self,
         run: Any,
-        seen: _Seen,
+        origins: list[Origin],
         args: Sequence[Any],
         results: Sequence[Any],
         given: tuple[list[Any], TreeSpec],
         result: Any,
-        state: Any,
+        keeping: Sequence[_Kept],
+        is_watched: bool,
     ) -> _Steady | None:
+        seen = self._last
+        assert seen is not None
         program = seen.program
         out_leaves, out_spec = tree_flatten(result)
         places = {id(value): at for at, value in enumerate(results) if _is_own(program, at, value)}
@@ -162,44 +186,26 @@ class Repeat:
                 if id(leaf) not in places:
                     return None
                 handed_out[at] = places[id(leaf)]
-            elif not isinstance(leaf, _ATOMS):
-                return None
-        if not all(isinstance(leaf, (torch.Tensor, *_ATOMS)) for leaf in tree_leaves(state)):
+        given_away = set(handed_out.values())
+        fixed = _fixed(origins, given_away)
+        if any(item.place == "input" and item.at in fixed for item in keeping):
             return None
-        given_away = {id(out_leaves[at]): number for at, number in handed_out.items()}
-        origins = seen.origins or []
-        fixed = _fixed(origins, set(given_away.values()))
-        known = {
-            id(value)
-            for value in (*(value for at, value in enumerate(args) if at not in fixed), *results)
-            if isinstance(value, torch.Tensor)
-        }
-        kept: list[_Kept] = []
+        kept = [item for item in keeping if item.place == "result" and item.at in given_away]
         try:
-            for owner, attribute in program.step.effects.tensors:
-                place = resolve(owner, run.scope)
-                value = id(getattr(place, attribute))
-                if value in given_away:
-                    kept.append(_Kept(given_away[value], place, attribute))
-                elif value not in known:
-                    return None
             counters = [
                 (resolve(owner, run.scope), attribute, added)
                 for owner, attribute, added in program.step.effects.counters
             ]
-        except (LookupError, AttributeError):
+        except LookupError:
             return None
-        for at, leaf in enumerate(tree_leaves(state)):
-            if id(leaf) in given_away:
-                kept.append(_Kept(given_away[id(leaf)], at=at))
-            elif isinstance(leaf, torch.Tensor) and id(leaf) not in known:
-                return None
-        numbers = {item.number for item in kept}
+        numbers = {item.at for item in kept}
         if any(program.returned[number].group is not None for number in numbers):
             return None
-        lost = set(given_away.values()) - numbers
+        lost = given_away - numbers
         if any(o.place == "result" and o.at in lost for o in origins):
             return None
+        written = {at for at, place in enumerate(program.moving) if place in program.step.written}
+        own = {at for at in range(len(args)) if at not in fixed and (is_watched or at in written)}
         entry = _entry(run, origins, args, results)
         return _Steady(
             program=program,
@@ -210,8 +216,8 @@ class Repeat:
             result_leaves=[None if at in handed_out else leaf for at, leaf in enumerate(out_leaves)],
             result_spec=out_spec,
             handed_out=handed_out,
-            args=[None if at in fixed else value for at, value in enumerate(seen.args)],
-            results=[None if at in given_away.values() else value for at, value in enumerate(seen.results)],
+            args=[value if at in own else None for at, value in enumerate(seen.args)],
+            results=[None if at in given_away else value for at, value in enumerate(seen.results)],
             counters=counters,
             kept=kept,
             before=[],
@@ -324,14 +330,12 @@ def _put_back(run: Any, steady: _Steady) -> None:
     made: dict[int, torch.Tensor] = {}
     passed: dict[int, torch.Tensor] = {}
     for item in steady.kept:
-        if item.number not in made:
-            made[item.number] = run.stand_in(
-                steady.program.returned[item.number].node, steady.last[item.number]
-            )
+        if item.at not in made:
+            made[item.at] = run.stand_in(steady.program.returned[item.at].node, steady.last[item.at])
         if item.owner is not None:
-            setattr(item.owner, item.attribute, made[item.number])
+            setattr(item.owner, item.attribute, made[item.at])
         else:
-            passed[item.at] = made[item.number]
+            passed[item.leaf] = made[item.at]
     if passed:
         leaves, spec = tree_flatten(run.carried.value)
         leaves = [passed.get(at, leaf) for at, leaf in enumerate(leaves)]
@@ -352,6 +356,76 @@ def _entry(run: Any, origins: Sequence[Origin], args: Sequence[Any], results: Se
         value = value[at if origin.place == "same" else origin.at]
         entry.append(run.value_of(value) if isinstance(value, torch.Tensor) else value)
     return entry
+
+
+def _keeping(
+    run: Any, program: StepProgram, args: Sequence[Any], results: Sequence[Any], state: Any
+) -> list[_Kept] | None:
+    """Where the tensors come from that a segment left in attributes, and in the state that it passed on; None
+    if one comes from elsewhere.
+    """
+    places = {id(value): ("input", at) for at, value in enumerate(args) if isinstance(value, torch.Tensor)}
+    for at, value in enumerate(results):
+        if _is_own(program, at, value):
+            places[id(value)] = ("result", at)
+    found: list[_Kept] = []
+    try:
+        for name, attribute in program.step.effects.tensors:
+            owner = resolve(name, run.scope)
+            found.append(_Kept(*places[id(getattr(owner, attribute))], owner, attribute))
+        for at, leaf in enumerate(tree_leaves(state)):
+            if isinstance(leaf, torch.Tensor):
+                found.append(_Kept(*places[id(leaf)], leaf=at))
+    except (LookupError, AttributeError):
+        return None
+    return found
+
+
+def _circumstances(
+    program: StepProgram,
+    args: Sequence[Any],
+    leaves: Sequence[Any],
+    keeping: Iterable[_Kept],
+    passed: Iterable[Any],
+) -> Hashable:
+    """What has to be the same again where a segment is to be followed as one before was.
+
+    ``leaves`` are the segment's; ``passed`` is what it returned and passed on that is no tensor.
+    """
+    counters = _counters(program)
+    described = tuple(
+        _description(value)
+        if isinstance(value, torch.Tensor) or program.step.names[at] in counters
+        else (type(value), repr(value))
+        for at, value in zip(program.moving, args, strict=True)
+    )
+    first: dict[int, int] = {}
+    same = tuple(
+        first.setdefault(id(value), at)
+        for at, value in enumerate((*args, *leaves))
+        if isinstance(value, torch.Tensor)
+    )
+    plain = tuple((type(value), repr(value)) for value in passed)
+    return described, same, tuple((item.place, item.at) for item in keeping), plain
+
+
+def _learn(program: StepProgram, circumstances: Hashable, origins: list[Origin] | None) -> Succession | None:
+    """Remember a transition; what is known now."""
+    before = program.successions.pop(circumstances, None)
+    if origins is None:
+        return None
+    if len(program.successions) >= CIRCUMSTANCES:
+        program.successions.clear()
+    known = Succession(origins, before is not None and before.origins == origins)
+    program.successions[circumstances] = known
+    return known
+
+
+def _stays(origins: Sequence[Origin], keeping: Iterable[_Kept]) -> bool:
+    """Whether nothing that was an input of a segment goes elsewhere."""
+    return all(origin.place != "input" for origin in origins) and all(
+        item.place == "result" or origins[item.at].place == "same" for item in keeping
+    )
 
 
 def _origins(
@@ -390,7 +464,8 @@ def _origins(
     return found
 
 
-def _counters(program: StepProgram) -> dict[str, int]:
+def _counters(program: StepProgram) -> Mapping[str, int]:
+    """By Dynamo's names of counters, what is added to them."""
     return {
         name: added
         for owner, attribute, added in program.step.effects.counters
