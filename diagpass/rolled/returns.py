@@ -6,7 +6,6 @@ results follow from the program alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch.fx as fx
 
 from diagpass.rolled.program import StepProgram, is_number
 from diagpass.rolled.values import Box
+from diagpass.runtime.layouts import allocator
 
 __all__ = ["Returns", "Token", "layout_of", "plan_returns"]
 
@@ -98,7 +98,7 @@ def _token(node: fx.Node, label: tuple[Hashable, ...]) -> Token:
     layout, (dtype, device) = layout_of(node)
     box = Box()
     box.label = label
-    return Token(functools.partial(torch.empty_strided, *layout, dtype=dtype, device=device), box)
+    return Token(allocator(*layout, dtype, device), box)
 
 
 def _taken(at: int) -> _Number:

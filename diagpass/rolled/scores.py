@@ -41,7 +41,7 @@ class Scores:
         scores = self._known.get(form)
         if not scores or current() is not None:  # a clock is to see each wave
             return []
-        standing = kinds.refresh() if kinds.follow_weights else kinds.standing()
+        standing = kinds.glance() if kinds.follow_weights else kinds.standing()
         scores[:] = [score for score in scores if _stands(score, standing)]
         if not kinds.runner.buffers.are_free:  # a stream is under way
             return []
@@ -51,7 +51,7 @@ class Scores:
 
     def still(self, scores: Sequence[Score], kinds: Kinds) -> list[Score]:
         """Those of the scores that hold after the reset, too, which may have written weights."""
-        standing = kinds.refresh() if scores else None
+        standing = kinds.glance() if scores else None
         return [score for score in scores if standing is not None and _stands(score, standing)]
 
     def was_followed(self, score: Score, given: Mapping[int, torch.Tensor], kinds: Kinds) -> None:

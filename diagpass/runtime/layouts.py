@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["have_common", "is_shared", "like", "overlaps"]
+__all__ = ["allocator", "have_common", "is_shared", "like", "overlaps"]
 
 
 def like(value: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor of the same shape, strides, data type and device."""
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def allocator(
+    sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """What makes tensors of a layout, with no contents yet.
+
+    Inductor's allocation takes less than half as long as ``torch.empty_strided``; it knows one device of CUDA
+    alone, the current one.
+    """
+    guards: Any = getattr(torch._C, "_dynamo").guards  # noqa: B009
+    fast = getattr(guards, f"_empty_strided_{device.type}", None)
+    if fast is not None and (device.type == "cpu" or torch.cuda.device_count() == 1):
+        return functools.partial(fast, sizes, strides, dtype)
+    return functools.partial(torch.empty_strided, sizes, strides, dtype=dtype, device=device)
 
 
 def overlaps(value: torch.Tensor) -> bool:

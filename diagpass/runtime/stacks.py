@@ -27,11 +27,16 @@ _shared_stacks: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakV
 Places = tuple[list[Any], ...]
 
 
+def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Where tensors lie."""
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
 def places(tensors: Sequence[torch.Tensor]) -> Places:
     """Where tensors lie, and how: ``weight.data = weight.data.t()`` leaves a weight where it was."""
     dtypes = list(map(_dtype, tensors))
     return (
-        list(map(torch.Tensor.data_ptr, tensors)),
+        addresses(tensors),
         list(map(torch.Tensor.stride, tensors)),
         list(map(torch.Tensor.size, tensors)),
         dtypes,
