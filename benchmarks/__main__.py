@@ -9,6 +9,7 @@ that was cut off goes on where it stopped. ``table`` merges any number of such f
     python -m benchmarks breakdown --preset 1B --segment 1024
     python -m benchmarks run --preset cpu --segment 64 --tokens 4096 --device cpu --out results/cpu.json
     python -m benchmarks estimates results/*.json
+    python -m benchmarks narrow --preset 160M --segment 128 --segments 1,4,16
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from benchmarks.measure import (
     seconds,
     synchronize,
 )
+from benchmarks.narrow import measure_narrow
 from benchmarks.presets import PRESETS, Preset, flops, make_cell, make_ids, make_llama
 from benchmarks.table import as_markdown, print_rows
 
@@ -324,6 +326,31 @@ def breakdown(
         typer.echo(
             f"{times[name]:9.1f} us {100 * times[name] / busy:5.1f} % {counts[name]:6.1f} x {name[:90]}"
         )
+
+
+@app.command()
+def narrow(
+    preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS))] = "160M",
+    segment: Annotated[int, typer.Option(help="Tokens of a segment")] = 128,
+    segments: Annotated[str, typer.Option(help="Numbers of segments, with commas between")] = "1,4,16",
+    device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
+    budget: Annotated[float, typer.Option(help="Seconds of timing for a number of segments")] = 3.0,
+    out: Annotated[Path | None, typer.Option(help="A file of JSON to write")] = None,
+) -> None:
+    """Measure a model without width (an RMT) against its loop: eager, compiled, with CUDA graphs."""
+    torch.set_grad_enabled(False)
+    rows = measure_narrow(
+        PRESETS[preset], segment, [int(each) for each in segments.split(",")], device, budget
+    )
+    for row in rows:
+        ms = ", ".join(f"{name} {row[name]:.2f} ms" for name in _SIDES if name in row)
+        said = f"{row['segments']} segments of {segment}: {ms}"
+        typer.echo(f"{said}; ran {row['ran']}, cold {row['cold']:.1f} s, error {row['error']:.2g}")
+    if out is not None:
+        out.write_text(json.dumps({"preset": preset, "segment": segment, "rows": rows}, indent=1) + "\n")
+
+
+_SIDES = ("diagpass", "eager", "compiled", "graphed")
 
 
 def _kernels(call: Callable[[], Any]) -> dict[str, tuple[float, int]]:

@@ -136,9 +136,10 @@ class Session:
             analysis = dataclasses.replace(analysis, names=names, repro=repro)
             if self.analyse_only:
                 raise OnlyAnalysed(pipeline.predict(graph, analysis, is_weight, self.options))
-            forced = self.options.schedule == "wavefront" and analysis.may_be_forced
             wanted = self.options.schedule != "sequential"
-            if not wanted or (analysis.refusal is not None and not forced):
+            if not wanted or (
+                analysis.refusal is not None and not self._runs_narrow(analysis, fake_inputs, inference)
+            ):
                 raise RunSequentially(analysis)
             program, analysis = pipeline.lower(graph, analysis, is_weight, self.options, inference)
             found.append(analysis)
@@ -155,7 +156,16 @@ class Session:
             return Plan(gm.forward, make_report(stop.analysis, "sequential"), None)
         for note in found[0].notes:
             self.warn(note)
+        if found[0].refusal is not None and self.options.schedule != "wavefront":
+            self.warn(found[0].refusal.note)
         return Plan(program, make_report(found[0], "wavefront"), found[0].forms)
+
+    def _runs_narrow(self, analysis: Analysis, inputs: Sequence[Any], inference: bool) -> bool:
+        """Whether cells run though none runs beside another: it was asked for, or pays all the same."""
+        if not analysis.may_be_forced or self.options.schedule == "wavefront":
+            return analysis.may_be_forced
+        devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
+        return inference and not self.options.strict and pipeline.records(self.options, devices)
 
     def _functionalize(
         self, gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Callable[..., Any]]

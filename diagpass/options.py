@@ -29,7 +29,8 @@ class Options:
     compiler
         ``"inductor"`` compiles each batched kind once; ``"eager"`` runs the emitted graph as it is.
     schedule
-        ``"auto"`` runs the wavefront when the dataflow leaves width; ``"wavefront"`` runs it always;
+        ``"auto"`` runs the wavefront when the dataflow leaves width, and on CUDA under Inductor without
+        width, too: the cells one after the other, compiled and recorded; ``"wavefront"`` runs it always;
         ``"sequential"`` runs the captured graph in program order.
     weights
         ``"share"`` makes the model's parameters views of the stacked weights (held once);

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,11 @@ class Refusal:
     module: str | None = None  # where it is, as far as known
     line: str | None = None
 
+    @property
+    def note(self) -> str:
+        """What to say where the cells run all the same, compiled and recorded."""
+        return f"the cells run one after the other, compiled: {self.reason}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
@@ -92,6 +97,19 @@ class Analysis:
     def may_be_forced(self) -> bool:
         """Whether a wavefront is legal, though it may be no wider than one cell."""
         return self.cells is not None and (self.refusal is None or self.refusal.legal)
+
+
+def records(options: Options, device_types: Collection[str]) -> bool:
+    """Whether what runs is compiled and recorded, so that it pays without width, too.
+
+    Parameters
+    ----------
+    options
+        The user's choices.
+    device_types
+        Where the call computes.
+    """
+    return options.compiler == "inductor" and set(device_types) == {"cuda"}
 
 
 class RunSequentially(Exception):

@@ -7,7 +7,7 @@ from typing import Any
 
 from diagpass.describe.figures import letter
 
-__all__ = ["advise", "cause_of"]
+__all__ = ["advise", "cause_of", "is_narrow"]
 
 _BY_CAUSE = {
     "chain": (
@@ -31,6 +31,11 @@ _BY_CAUSE = {
     "gradients": "call it under torch.no_grad()",
     "dependencies": "see the critical path: each cell waits for the one before it",
 }
+
+
+def is_narrow(reason: str | None) -> bool:
+    """Whether a refusal's sentence says that width is all that is missing."""
+    return cause_of(reason) in ("chain", "one segment", "one layer", "dependencies")
 
 
 def cause_of(reason: str | None) -> str | None:

@@ -9,6 +9,7 @@ import html
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from diagpass.describe.advice import is_narrow
 from diagpass.describe.estimate import total_flops
 from diagpass.describe.figures import count, letter, ranges, size, work
 from diagpass.describe.places import short_lines
@@ -44,7 +45,7 @@ def sections(report: Any) -> Iterator[tuple[str, list[str]]]:
         )
         yield "chain", [str(r.chain), about]
     if r.refusals:
-        yield "refused", [_refusal(each) for each in r.refusals]
+        yield "refused", [_refusal(each, r.ran) for each in r.refusals]
     if r.cells:
         yield "memory", [_memory(r)]
     if r.forms:
@@ -71,7 +72,14 @@ def _verdict(r: Any) -> Iterator[str]:
         yield f"{r.verdict}: {_outcome(r)}"
         return
     yield f"{r.verdict} ({short_lines(r.reason)})"
-    if r.ran != "wavefront":
+    if r.ran == "wavefront":
+        yield "so its cells run one after the other, compiled"
+    elif r.ran is None and is_narrow(r.reason):
+        yield (
+            "so diagpass runs the model as it stands: same results, same speed; on CUDA under Inductor its "
+            "cells one after the other, compiled and recorded"
+        )
+    else:
         yield "so diagpass runs the model as it stands: same results, same speed"
 
 
@@ -205,12 +213,13 @@ def _cell(cell: dict[str, Any]) -> str:
     return f"{cell['path']} at segment {cell['segment']}"
 
 
-def _refusal(refusal: dict[str, Any]) -> str:
+def _refusal(refusal: dict[str, Any], ran: str | None) -> str:
     where = [f"module {refusal['module']}"] if refusal["module"] else []
     where += [refusal["line"]] if refusal["line"] else []
     place = f" [{', '.join(where)}]" if where else ""
     if refusal["effect"] == "sequential":  # the verdict has the reason already
-        return f"the whole model runs as it stands{place}"
+        effect = "no cell runs beside another" if ran == "wavefront" else "the whole model runs as it stands"
+        return f"{effect}{place}"
     return f"cells run one by one: {refusal['what']}{place}"
 
 

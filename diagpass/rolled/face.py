@@ -45,7 +45,7 @@ from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight, Run, as_captured
 from diagpass.rolled.score import Score
 from diagpass.rolled.session import OutsideWrite, StepSession
-from diagpass.rolled.summary import narrowness, rolled_report
+from diagpass.rolled.summary import accepted, rolled_report
 from diagpass.rolled.undo import Undo
 from diagpass.rolled.values import listening
 from diagpass.rolled.view import Carried, View
@@ -614,18 +614,20 @@ class TransformedLoop(Transformed):
             warnings.warn(f"running sequentially: {refusal.reason}", DiagpassWarning, stacklevel=4)
 
     def _check_width(self, run: Run) -> None:
-        """Stop where the steady state leaves no width, unless the wavefront was asked for."""
+        """Stop where the steady state leaves no width, unless that was asked for, or pays all the same."""
         if not self._is_wide(run):
-            raise Conflict("", narrowness(run))
+            run.narrow = accepted(run, self._options)
 
     def _is_wide(self, run: Run) -> bool:
         if self._options.schedule != "auto" or run.dry or run.fresh_captures or run.segments < 4:
+            return True
+        if run.narrow is not None:
             return True
         return run.steady_width() >= LEAST_MEAN_WIDTH
 
     def _remember(self, run: Run, ran: str | None) -> None:
         self.__dict__["_last"] = functools.partial(rolled_report, run, self._session, None, ran)
-        for note in self._session.kinds.notes:
+        for note in (*self._session.kinds.notes, *([run.narrow.note] if run.narrow else [])):
             if note not in self._warned:
                 self._warned.add(note)
                 warnings.warn(note, DiagpassWarning, stacklevel=4)

@@ -104,6 +104,7 @@ class Run:
         self.segments = self.cells = self.waves = self.widest = self.batched_cells = 0
         self.fresh_captures = 0
         self.state_bytes = 0  # what comes in from the segment before, at most
+        self.narrow: Refusal | None = None  # why no cell runs beside another, where they run all the same
         self.seconds = 0.0
         self.layers: set[int] = set()
         self.programs: Counter[StepProgram] = Counter()  # how many segments each has recorded

@@ -10,13 +10,14 @@ from diagpass.describe.facts import block_facts, kind_facts, path_facts, wave_by
 from diagpass.describe.work import total_work, work_of
 from diagpass.errors import ChainError
 from diagpass.ir import Cell, Edge
-from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal
+from diagpass.options import Options
+from diagpass.pipeline import LEAST_MEAN_WIDTH, Refusal, records
 from diagpass.report import Report, coverage_facts, refusal_facts
 from diagpass.rolled.forecast import Prediction, ends, input_names, predict, weight_bytes
 from diagpass.rolled.program import Lump
-from diagpass.rolled.run import Run
+from diagpass.rolled.run import Conflict, Run
 
-__all__ = ["narrowness", "rolled_report"]
+__all__ = ["accepted", "narrowness", "rolled_report"]
 
 
 def narrowness(run: Run) -> Refusal:
@@ -37,6 +38,20 @@ def narrowness(run: Run) -> Refusal:
     return Refusal(
         f"the dependencies leave no width: each wave has {run.steady_width():.2f} cells", legal=True
     )
+
+
+def accepted(run: Run, options: Options) -> Refusal:
+    """Why a steady state leaves no width, where its cells run all the same: compiled and recorded.
+
+    Raises
+    ------
+    Conflict
+        They do not, or strict mode wants a wavefront.
+    """
+    refusal = narrowness(run)
+    if options.strict or not records(options, {run.kinds.device.type}):
+        raise Conflict("", refusal)
+    return refusal
 
 
 def rolled_report(run: Run | None, session: Any, refusal: Refusal | None, ran: str | None) -> Report:

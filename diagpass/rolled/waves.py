@@ -22,6 +22,7 @@ import torch
 import torch.fx as fx
 
 from diagpass.ir import Kind
+from diagpass.pipeline import records
 from diagpass.rolled.kinds import Into, Kinds
 from diagpass.rolled.values import Box, Row, gather, listener, parts_of, runs_of, tensor_of
 from diagpass.runtime.buffers import Buffers
@@ -34,7 +35,7 @@ __all__ = ["Direct", "PendingCell", "Replayed", "WaveWork", "runner"]
 
 def runner(kinds: Kinds, max_width: int | None) -> Callable[[Sequence[PendingCell]], int]:
     """What runs the cells of a wave: the same for all runs of a step, for its buffers and graphs."""
-    if max_width == 1 or kinds.options.compiler != "inductor" or kinds.device.type != "cuda":
+    if max_width == 1 or not records(kinds.options, {kinds.device.type}):
         return Direct(kinds)
     if kinds.runner is None:
         kinds.runner = Replayed(kinds, CudaRecorder(kinds.device))

@@ -35,7 +35,7 @@ from diagpass.rolled.outer import Outer, OuterRun
 from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight
 from diagpass.rolled.session import StepSession
-from diagpass.rolled.summary import narrowness, rolled_report
+from diagpass.rolled.summary import accepted, rolled_report
 from diagpass.rolled.undo import Undo
 from diagpass.stages import say
 from diagpass.state import Snapshot
@@ -297,7 +297,7 @@ class TransformedModel(Transformed):
 
     def _remember(self, run: OuterRun, ran: str | None) -> None:
         self.__dict__["_last"] = functools.partial(rolled_report, run, self._rolled, None, ran)
-        for note in self._rolled.kinds.notes:
+        for note in (*self._rolled.kinds.notes, *([run.narrow.note] if run.narrow else [])):
             if note not in self._warned:
                 self._warned.add(note)
                 warnings.warn(note, DiagpassWarning, stacklevel=4)
@@ -447,15 +447,20 @@ class TransformedModel(Transformed):
         return fixed_layout(leaf, False)
 
     def _check_width(self, outer: Outer) -> None:
-        """Stop where nothing can run beside another, unless the wavefront was asked for."""
+        """Stop where nothing can run beside another, unless that was asked for, or pays all the same."""
         run = outer.run
-        if self._options.schedule != "auto" or run.fresh_captures or run.segments < 4:
+        if (
+            self._options.schedule != "auto"
+            or run.fresh_captures
+            or run.segments < 4
+            or run.narrow is not None
+        ):
             return
         if outer.forced >= run.segments - 1:
             where = f" ({outer.line})" if outer.line else ""
             raise Conflict(f"the loop reads a result of nearly each segment before the next one{where}")
         if run.steady_width() < LEAST_MEAN_WIDTH:
-            raise Conflict("", narrowness(run))
+            run.narrow = accepted(run, self._options)
 
 
 _ROOT = "L['model'].__closure__[0].cell_contents"  # what Dynamo calls `model` in the function below

@@ -7,6 +7,7 @@ it relative to that of the plain loop in the same precision.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import diagpass
 from diagpass import SegmentLoop
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.graphed import Graphed
-from examples import armt
+from examples import armt, rmt
 from tests.helpers import assert_closer, leaves
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -183,3 +184,53 @@ def test_a_whole_loop_model_as_one_graph(dtype: torch.dtype, monkeypatch: Any) -
     for reference, got, competitor in results:  # none was overwritten by a later call
         assert_closer(reference, got.cpu(), competitor)
     assert (programs[-1].recorded, programs[-1].replayed) == (1, 3)
+
+
+@pytest.mark.parametrize("segments", [1, 6])
+def test_without_width_cells_run_one_by_one(segments: int) -> None:
+    """Compiled and recorded, as right as the model as it stands; each call of its own memory."""
+    model, (ids,) = rmt.build(layers=3, segments=segments, batch=1, segment_size=16)
+    exact, device = copy.deepcopy(model).double(), copy.deepcopy(model).cuda()
+    fast: Any = diagpass.transform(copy.deepcopy(device))
+    results = []
+    with torch.no_grad():
+        for number in range(4):
+            part = ids.roll(number, 1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore" if not number else "error", diagpass.DiagpassWarning)
+                got = fast(part.cuda()).logits
+            results.append((exact(part).logits, got, device(part.cuda()).logits.cpu()))
+    assert fast.report.ran == "wavefront" and fast.report.verdict == "sequential"
+    for reference, got, competitor in results:
+        assert_closer(reference, got.cpu(), competitor)
+
+
+def test_a_loop_without_width_follows_scores() -> None:
+    """The memory of a segment is read by the first layer of the next."""
+
+    class Carried(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(
+                [torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh()) for _ in range(4)]
+            )
+
+        def forward(self, x: torch.Tensor, state: Any) -> Any:
+            h = x if state is None else x + state
+            for layer in self.layers:
+                h = layer(h)
+            return h, h.mean(1, keepdim=True)
+
+    loop = SegmentLoop(Carried(), 8, carries_state=True).cuda().eval()
+    fast: Any = diagpass.transform(copy.deepcopy(loop))
+    exact = copy.deepcopy(loop).cpu().double()
+    x = torch.randn(2, 8 * 9, 32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", diagpass.DiagpassWarning)
+        for length in (9, 9, 9, 6, 6, 6, 2):
+            part = x[:, : 8 * length]
+            (got, state), (plain, other) = fast(part.cuda()), loop(part.cuda())
+            reference, last = exact(part.double())
+            assert_closer(reference, got.cpu(), plain.cpu())
+            assert_closer(last, state.cpu(), other.cpu())
+    assert fast.report.ran == "wavefront" and fast._session.scores.followed >= 2
