@@ -1,7 +1,7 @@
 """What a model without width gains: an RMT, in which every cell waits for the one before.
 
-All sides run the same model through its own loop: eager, the step under ``torch.compile`` (Inductor alone, and
-with its CUDA graphs), and diagpass, which runs the cells one after the other, compiled and recorded.
+All sides run the same model through its own loop: eager, the step under ``torch.compile`` (Inductor alone,
+and with its CUDA graphs), and diagpass, which runs the cells one after the other, compiled and recorded.
 """
 
 from __future__ import annotations
