@@ -8,9 +8,10 @@ graphs share one memory pool for what lives only inside them.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -19,6 +20,7 @@ from diagpass.stages import say
 log = logging.getLogger(__name__)
 
 MOST = 512  # graphs that are kept; keys that were seen once count, too
+STREAMS = 32  # that PyTorch has for a device
 
 __all__ = ["CudaRecorder", "Recorder", "Replays", "StreamOrder"]
 
@@ -109,19 +111,75 @@ class StreamOrder:
         return stream
 
 
+class _Streams:
+    """Two streams to capture on, with cuBLAS's workspaces for them in memory that stays.
+
+    A graph has the address of its stream's workspace in its kernels. PyTorch keeps one for each stream, and
+    frees it while graphs are alive that use it: when Inductor records graphs of its own, and since 2.12 when
+    any graph is freed that was captured on the stream (https://github.com/pytorch/pytorch/issues/193402). In
+    a pool that nobody else allocates from, its memory is left alone even then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, torch.cuda.MemPool()
+        with torch.inference_mode(False):
+            self._ones = [
+                torch.ones(16, 16, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+            ]
+            self._results = [torch.empty_like(one) for one in self._ones]
+        self.main, self.lane = self._stream(), self._stream()
+
+    def _stream(self) -> Any:
+        """A stream whose workspace is in the pool, if there is one left."""
+        stream: Any = None
+        for _ in range(STREAMS):  # PyTorch hands out the same ones again
+            stream, before = torch.cuda.Stream(self._device), self._bytes()
+            self._hold(stream)
+            if self._bytes() > before:
+                break
+        return stream
+
+    def hold(self) -> None:
+        """Have the workspaces in the pool, those of the calling thread, before something is captured."""
+        for stream in (self.main, self.lane):
+            self._hold(stream)
+
+    def _hold(self, stream: Any) -> None:
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.use_mem_pool(self._pool, self._device),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            for one, result in zip(self._ones, self._results, strict=True):
+                torch.mm(one, one, out=result)
+                torch.addmm(one[0], one, one, out=result)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def _bytes(self) -> int:
+        return sum(segment["total_size"] for segment in self._pool.snapshot())
+
+
+class _Lease:
+    """The use of streams, by a recorder and by its graphs; another recorder gets them afterwards."""
+
+    _free: ClassVar[dict[torch.device, list[_Streams]]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        free = self._free.setdefault(device, [])
+        self.streams = free.pop() if free else _Streams(device)
+        weakref.finalize(self, free.append, self.streams).atexit = False
+
+
 class CudaRecorder:
     """Records into CUDA graphs that share a memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream, self._lane = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._lease = _Lease(device)
+        self._stream, self._lane = self._lease.streams.main, self._lease.streams.lane
         self._pool: Any = None
-        for stream in (self._stream, self._lane):
-            with torch.cuda.stream(stream), torch.inference_mode(False):
-                for dtype in (torch.float32, torch.bfloat16):  # the libraries' workspaces outlive any graph
-                    one = torch.ones(16, 16, device=device, dtype=dtype)
-                    torch.mm(one, one)
-            torch.cuda.current_stream(device).wait_stream(stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Capture the work and replay it once."""
@@ -152,6 +210,7 @@ class CudaRecorder:
 
     def _capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
+        self._lease.streams.hold()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             if self._pool is None:
@@ -162,7 +221,17 @@ class CudaRecorder:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return graph.replay, found
+        return _Replay(graph, self._lease), found
+
+
+class _Replay:
+    """Replays a graph; its workspace is its own as long as it may."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, lease: _Lease) -> None:
+        self._graph, self._lease = graph, lease
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
 class _Memory:

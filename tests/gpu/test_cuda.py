@@ -234,3 +234,66 @@ def test_a_loop_without_width_follows_scores() -> None:
             assert_closer(reference, got.cpu(), plain.cpu())
             assert_closer(last, state.cpu(), other.cpu())
     assert fast.report.ran == "wavefront" and fast._session.scores.followed >= 2
+
+
+def disturb() -> None:
+    """What Inductor does before it records graphs of its own: cuBLAS's workspaces are freed, and their memory
+    is given back and used by others.
+    """
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    taken = [torch.full((1 << 21,), float("nan"), device="cuda") for _ in range(64)]
+    torch.cuda.synchronize()
+    assert all(bool(one.isnan().all()) for one in taken)
+    del taken
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("loop", ["flat", "rolled"])
+def test_graphs_outlive_the_workspaces_of_others(loop: str) -> None:
+    """Several lengths, recorded before and after; none writes where others have put something since."""
+    model, (ids,) = armt.build(
+        layers=3, segments=6, batch=1, segment_size=128, d_model=256, heads=4, dtype=torch.bfloat16
+    )
+    model = model.cuda()
+    fast: Any = diagpass.transform(copy.deepcopy(model), options={"schedule": "wavefront", "loop": loop})
+
+    def check(segments: int) -> None:
+        part = ids[:, : 128 * segments].cuda()
+        with torch.no_grad():
+            got, expected = fast(part).logits, model(part).logits
+        torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
+        first = results.setdefault(segments, got)
+        assert torch.equal(got, first)
+
+    results: dict[int, torch.Tensor] = {}
+    for segments in (4, 6):
+        for _ in range(5):
+            check(segments)
+    for _ in range(2):
+        disturb()
+        bystander = torch.zeros(1 << 26, device="cuda")
+        for segments in (4, 6, 3, 3, 3, 3, 4):
+            check(segments)
+        torch.cuda.synchronize()
+        assert not bystander.any()
+
+
+def test_beside_graphs_of_inductor() -> None:
+    """A step compiled with mode="reduce-overhead" in the same process."""
+    model, (ids,) = rmt.build(layers=3, segments=3, batch=1, segment_size=64, d_model=128, heads=4)
+    model, ids = model.cuda(), ids.cuda()
+    fast: Any = diagpass.transform(copy.deepcopy(model), options={"schedule": "wavefront"})
+    other: Any = torch.compile(
+        copy.deepcopy(model.memory_cell.model.model.layers[0].mlp), mode="reduce-overhead"
+    )
+    x = torch.randn(1, 64, 128, device="cuda")
+    with torch.no_grad():
+        expected = model(ids).logits
+        for _ in range(4):
+            for _ in range(4):
+                torch.testing.assert_close(fast(ids).logits, expected, rtol=1e-3, atol=1e-3)
+            for _ in range(4):
+                torch.compiler.cudagraph_mark_step_begin()
+                other(x)
