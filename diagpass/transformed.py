@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -93,7 +93,32 @@ class Uncaptured(RuntimeError):
 
 
 def make_entry(model: nn.Module, session: Capturing) -> Callable[..., Any]:
-    """The compiled call of one model, with a code object of its own (Dynamo caches by code object)."""
+    """The compiled call of one model: one for each structure of the arguments.
+
+    Where Dynamo looks for what has changed it may read an argument that was there in another call (torch 2.11
+    to 2.14), and fails if it is not there now.
+    """
+    made: dict[Hashable, Callable[..., Any]] = {}
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        key = tuple(map(_structure, args)), tuple((name, _structure(kwargs[name])) for name in sorted(kwargs))
+        found = made.get(key)
+        if found is None:
+            found = made[key] = _make_entry(model, session)
+        return found(*args, **kwargs)
+
+    return entry
+
+
+def _structure(value: Any) -> Hashable:
+    """What can be read from an argument, one level down."""
+    if isinstance(value, dict):
+        return tuple(value)
+    return len(value) if isinstance(value, (tuple, list)) else None
+
+
+def _make_entry(model: nn.Module, session: Capturing) -> Callable[..., Any]:
+    """A compiled call with a code object of its own (Dynamo caches by code object)."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for hooks in _HOOKS:  # Dynamo looks at these only where there are any

@@ -453,10 +453,17 @@ class TransformedLoop(Transformed):
         args = (segment, carried.value) if loop.carries_state else (segment,)
         run.guard_inputs(segment)
         run.scope = {"model": loop.step, "args": args, "kwargs": kwargs}
+        back = run.mark() if isinstance(run.undo, View) else None
         result = self._step(run, args, kwargs, is_set)
         if loop.carries_state:
             result, carried.value = split_result(result, loop.step)
-        run.check_results(result)
+        try:
+            run.check_results(result)
+        except Conflict:
+            if back is not None and isinstance(run.undo, View):  # a stream goes on before this segment
+                back()
+                run.undo.undo()
+            raise
         return result
 
     def _step(self, run: Run, args: tuple, kwargs: dict, is_set: bool) -> Any:

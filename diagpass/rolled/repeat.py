@@ -17,6 +17,10 @@ then: what the inputs are like, which of them are one object, and what the step 
 or inputs that stay. Where a segment keeps what was its input in another place, two transitions of the same
 call are watched each time.
 
+At the end the step holds what the last segment left. A result that only the step has is filled with it;
+anything else that it keeps is given another tensor in its place: a result that was handed out holds that
+segment's value for good, and what was an input is perhaps held by others.
+
 ``Repeat.saw`` looks at each segment that Dynamo was asked about; ``Repeat.record`` records one more of the
 same, or says that it is another one; ``Repeat.settle`` brings tokens and counters up to date, before Dynamo
 is asked again and at the end.
@@ -73,7 +77,7 @@ class _Seen:
 
 
 class _Kept(NamedTuple):
-    """Something that the step keeps: result ``at`` of the segment, input ``at`` of it, or elsewhere (None).
+    """A tensor that the step keeps: ``"result"`` or ``"input"`` ``at`` of the segment.
 
     ``owner`` has it as its ``attribute``, or it is leaf ``leaf`` of the state that is passed on.
     """
@@ -87,12 +91,12 @@ class _Kept(NamedTuple):
 
 @dataclasses.dataclass
 class _Steady:
-    """What is known once segments repeat."""
+    """What is known once segments repeat; ``kept`` is what the step is given anew at the end."""
 
     program: StepProgram
     origins: list[Origin]
     entry: list[Any]
-    leaves: list[Any]
+    leaves: list[Any]  # of the last segment
     spec: TreeSpec
     result_leaves: list[Any]
     result_spec: TreeSpec
@@ -152,6 +156,8 @@ class Repeat:
         passed = [leaf for leaf in tree_leaves((result, state)) if not isinstance(leaf, torch.Tensor)]
         if keeping is None or not all(isinstance(leaf, _ATOMS) for leaf in passed):
             return
+        if _are_numbers(args) and _are_numbers(passed):  # which may follow from those
+            return
         given = tree_flatten(segment)
         circumstances = _circumstances(program, args, given[0], keeping, passed)
         known = program.successions.get(circumstances)
@@ -162,7 +168,7 @@ class Repeat:
             is_watched = origins is not None and before.transition == seen.transition
             known = _learn(program, circumstances, origins)
         if known is not None and known.is_sure and (is_watched or _stays(known.origins, keeping)):
-            self._steady = self._arm(run, known.origins, args, results, given, result, keeping, is_watched)
+            self._steady = self._arm(run, known.origins, args, results, given, result, keeping)
 
     def _arm(
         self,
@@ -173,7 +179,6 @@ class Repeat:
         given: tuple[list[Any], TreeSpec],
         result: Any,
         keeping: Sequence[_Kept],
-        is_watched: bool,
     ) -> _Steady | None:
         seen = self._last
         assert seen is not None
@@ -187,10 +192,15 @@ class Repeat:
                     return None
                 handed_out[at] = places[id(leaf)]
         given_away = set(handed_out.values())
-        fixed = _fixed(origins, given_away)
-        if any(item.place == "input" and item.at in fixed for item in keeping):
-            return None
-        kept = [item for item in keeping if item.place == "result" and item.at in given_away]
+        kept: list[_Kept] = []
+        for item in keeping:
+            if item.place == "result":
+                if item.at in given_away:
+                    kept.append(item)
+            elif origins[item.at].place != "same":
+                if origins[item.at].place != "segment" and not run.is_token(args[item.at]):
+                    return None  # from before the call: the step may keep that very tensor
+                kept.append(item)
         try:
             counters = [
                 (resolve(owner, run.scope), attribute, added)
@@ -198,14 +208,15 @@ class Repeat:
             ]
         except LookupError:
             return None
-        numbers = {item.at for item in kept}
-        if any(program.returned[number].group is not None for number in numbers):
+        if any(_is_grouped(program, item) for item in kept):
             return None
-        lost = given_away - numbers
+        lost = given_away - {item.at for item in kept if item.place == "result"}
         if any(o.place == "result" and o.at in lost for o in origins):
             return None
         written = {at for at, place in enumerate(program.moving) if place in program.step.written}
-        own = {at for at in range(len(args)) if at not in fixed and (is_watched or at in written)}
+        if any(origins[at].place not in ("same", "result") for at in written):
+            return None
+        own = {at for at in written if origins[at].place == "same"}
         entry = _entry(run, origins, args, results)
         return _Steady(
             program=program,
@@ -257,6 +268,7 @@ class Repeat:
         for at, number in steady.handed_out.items():
             result[at] = tokens[number][0]
         run.wait_for(tree_unflatten(result, steady.result_spec), list(tokens.values()))
+        steady.leaves = leaves
         steady.before = [updates.get(at, value) for at, value in enumerate(inputs)]
         steady.last = found
         steady.entry = [_next(origin, at, steady.before, found) for at, origin in enumerate(steady.origins)]
@@ -269,6 +281,7 @@ class Repeat:
         steady = self._expected(segment)
         if steady is None:
             return False
+        steady.leaves = tree_leaves(segment)
         steady.count += 1
         self.recorded += 1
         return True
@@ -295,51 +308,53 @@ class Repeat:
 
 
 def _standing(steady: _Steady) -> list[tuple[Any, Any, bool]]:
-    """The tensors that the step keeps (weakly), what each stands for, whether it is written in place."""
+    """Tensors (weakly) that only the step has, what each stands for, whether it is written in place."""
     found = []
     for at, reference in enumerate(steady.args):
-        written = steady.program.moving[at] in steady.program.step.written
-        if reference is not None and (written or steady.origins[at].place in ("result", "input")):
-            found.append((reference, steady.before[at] if steady.before else None, written))
+        if reference is not None:
+            found.append((reference, steady.before[at] if steady.before else None, True))
     for at, reference in enumerate(steady.results):
         if reference is not None and steady.program.returned[at].passed is None:
             found.append((reference, steady.last[at] if steady.last else None, False))
     return found
 
 
-def _fixed(origins: Sequence[Origin], given_away: set[int]) -> set[int]:
-    """Inputs that were handed out by a segment before, and so keep what they hold."""
-    found: set[int] = set()
-    while True:
-        more = {
-            at
-            for at, origin in enumerate(origins)
-            if at not in found
-            and (
-                (origin.place == "result" and origin.at in given_away)
-                or (origin.place == "input" and origin.at in found)
-            )
-        }
-        if not more:
-            return found
-        found |= more
-
-
 def _put_back(run: Any, steady: _Steady) -> None:
-    """Give the state that was handed out, too, tensors of its own."""
-    made: dict[int, torch.Tensor] = {}
+    """Give the step anew what it keeps of the last segment and has not for itself."""
+    program = steady.program
+    made: dict[tuple[str, int], torch.Tensor] = {}
     passed: dict[int, torch.Tensor] = {}
     for item in steady.kept:
-        if item.at not in made:
-            made[item.at] = run.stand_in(steady.program.returned[item.at].node, steady.last[item.at])
+        key = item.place, item.at
+        if key not in made:
+            origin = steady.origins[item.at] if item.place == "input" else None
+            if origin is not None and origin.place == "segment":
+                made[key] = steady.leaves[origin.at]
+            elif origin is not None:
+                node = program.placeholders[program.moving[item.at]]
+                made[key] = run.stand_in(node, steady.before[item.at])
+            else:
+                made[key] = run.stand_in(program.returned[item.at].node, steady.last[item.at])
         if item.owner is not None:
-            setattr(item.owner, item.attribute, made[item.at])
+            setattr(item.owner, item.attribute, made[key])
         else:
-            passed[item.leaf] = made[item.at]
+            passed[item.leaf] = made[key]
     if passed:
         leaves, spec = tree_flatten(run.carried.value)
         leaves = [passed.get(at, leaf) for at, leaf in enumerate(leaves)]
         run.carried.value = tree_unflatten(leaves, spec)
+
+
+def _is_grouped(program: StepProgram, item: _Kept) -> bool:
+    """Whether something kept shares its memory with others."""
+    if item.place == "input":
+        return program.moving[item.at] in program.step.input_groups
+    return program.returned[item.at].group is not None
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    """Whether there are numbers among values."""
+    return any(isinstance(value, (int, float)) for value in values)
 
 
 def _entry(run: Any, origins: Sequence[Origin], args: Sequence[Any], results: Sequence[Any]) -> list[Any]:
@@ -422,9 +437,9 @@ def _learn(program: StepProgram, circumstances: Hashable, origins: list[Origin] 
 
 
 def _stays(origins: Sequence[Origin], keeping: Iterable[_Kept]) -> bool:
-    """Whether nothing that was an input of a segment goes elsewhere."""
+    """Whether no state that was an input of a segment goes elsewhere."""
     return all(origin.place != "input" for origin in origins) and all(
-        item.place == "result" or origins[item.at].place == "same" for item in keeping
+        item.place == "result" or origins[item.at].place in ("same", "segment") for item in keeping
     )
 
 

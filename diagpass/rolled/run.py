@@ -14,6 +14,7 @@ across are held.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import operator
 import time
@@ -487,6 +488,18 @@ class Run:
         for pair in program.overlapping:
             if not handed_out.intersection(id(results[at]) for at in pair):
                 raise Conflict("two tensors that the step keeps share memory; keep a copy of one (clone)")
+
+    def mark(self) -> Callable[[], None]:
+        """What takes back what the segment to come says of tensors; its cells may run, for nobody."""
+        names = ("_pending", "_held", "_written", "_rewritten", "_handed_out", "_families")
+        found = {name: copy.copy(getattr(self, name)) for name in names}
+        state = self.carried.value
+
+        def back() -> None:
+            self.__dict__.update(found)
+            self.carried.value = state
+
+        return back
 
     def wait_for(self, value: Any, tokens: list[tuple[torch.Tensor, Box]]) -> None:
         """Say that a recorded segment's result is ``value``, which holds these tokens."""

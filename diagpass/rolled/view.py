@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class View:
         self._all_inside: Snapshot | None = None
         self._swaps_all = False
         self._kept = False
+        self._restore: Callable[[], None] = lambda: None
 
     def begin(self) -> None:
         """Take the view away for the first time, after the reset."""
@@ -45,15 +47,20 @@ class View:
 
     def note(self, effects: Effects, scope: Mapping[str, Any]) -> None:
         """Remember what is about to be changed; ``scope`` holds what its names begin with."""
-        if self._swaps_all:
-            return
-        owners = changed_by(effects, scope)
+        owners = None if self._swaps_all else changed_by(effects, scope)
         if owners is None:
-            self._swaps_all, self._all_outside = True, Snapshot(self._step, values=False)
+            if not self._swaps_all:
+                self._swaps_all, self._all_outside = True, Snapshot(self._step, values=False)
+            self._restore = Snapshot(self._step, values=False).restore
             return
+        self._restore = functools.partial(_put_all_back, [(owner, contents_of(owner)) for owner in owners])
         for owner in owners:
             if id(owner) not in self._outside:
                 self._outside[id(owner)] = owner, contents_of(owner)
+
+    def undo(self) -> None:
+        """Put back what the last segment has changed."""
+        self._restore()
 
     def leave(self) -> None:
         """Take the stream's view away."""
@@ -80,3 +87,8 @@ class View:
     def __exit__(self, *error: Any) -> None:
         if not self._kept:
             self.leave()
+
+
+def _put_all_back(found: Iterable[tuple[Any, Any]]) -> None:
+    for owner, contents in found:
+        put_back(owner, contents)

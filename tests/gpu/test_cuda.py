@@ -255,17 +255,22 @@ def test_graphs_outlive_the_workspaces_of_others(loop: str) -> None:
     """Several lengths, recorded before and after; none writes where others have put something since."""
     model, (ids,) = armt.build(
         layers=3, segments=6, batch=1, segment_size=128, d_model=256, heads=4, dtype=torch.bfloat16
-    )
-    model = model.cuda()
+    )  # wide enough for kernels that use a workspace
+    exact, model = copy.deepcopy(model).double(), model.cuda()
+    for each in (exact, model):
+        each.memory_cell.zero_mem()
     fast: Any = diagpass.transform(copy.deepcopy(model), options={"schedule": "wavefront", "loop": loop})
 
     def check(segments: int) -> None:
         part = ids[:, : 128 * segments].cuda()
         with torch.no_grad():
-            got, expected = fast(part).logits, model(part).logits
-        torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
-        first = results.setdefault(segments, got)
-        assert torch.equal(got, first)
+            got = fast(part).logits
+        if segments not in results:
+            results[segments] = got
+            with torch.no_grad():
+                competitor, reference = model(part).logits, exact(part.cpu()).logits
+            assert_typically_closer(reference, got.cpu(), competitor.cpu())
+        assert torch.equal(got, results[segments])
 
     results: dict[int, torch.Tensor] = {}
     for segments in (4, 6):
