@@ -256,30 +256,24 @@ def test_graphs_outlive_the_workspaces_of_others(loop: str) -> None:
     model, (ids,) = armt.build(
         layers=3, segments=6, batch=1, segment_size=128, d_model=256, heads=4, dtype=torch.bfloat16
     )  # wide enough for kernels that use a workspace
-    exact, model = copy.deepcopy(model).double(), model.cuda()
-    for each in (exact, model):
-        each.memory_cell.zero_mem()
-    fast: Any = diagpass.transform(copy.deepcopy(model), options={"schedule": "wavefront", "loop": loop})
+    model = model.cuda()
+    model.memory_cell.zero_mem()
+    fast: Any = diagpass.transform(model, options={"schedule": "wavefront", "loop": loop})
 
     def check(segments: int) -> None:
         part = ids[:, : 128 * segments].cuda()
         with torch.no_grad():
-            got = fast(part).logits
-        if segments not in results:
-            results[segments] = got
-            with torch.no_grad():
-                competitor, reference = model(part).logits, exact(part.cpu()).logits
-            assert_typically_closer(reference, got.cpu(), competitor.cpu())
-        assert torch.equal(got, results[segments])
+            for _ in range(4):  # the last of them is a replay
+                got = fast(part).logits
+        assert torch.equal(got, results.setdefault(segments, got))
 
     results: dict[int, torch.Tensor] = {}
     for segments in (4, 6):
-        for _ in range(5):
-            check(segments)
+        check(segments)
     for _ in range(2):
         disturb()
         bystander = torch.zeros(1 << 26, device="cuda")
-        for segments in (4, 6, 3, 3, 3, 3, 4):
+        for segments in (4, 6, 3, 4):
             check(segments)
         torch.cuda.synchronize()
         assert not bystander.any()
