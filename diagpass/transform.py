@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diagpass.backend import OnlyAnalysed, Session
-from diagpass.capture import dynamo
+from diagpass.capture import stances
 from diagpass.errors import DiagpassError, OptionError
 from diagpass.ir import Schedule
 from diagpass.loop import SegmentLoop
@@ -104,7 +104,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         With ``ran`` None. A model that cannot be captured gets the verdict ``"sequential"`` and the
         reason.
     """
-    if dynamo.is_off():
+    if stances.is_off():
         raise DiagpassError(
             "torch.compile is switched off or has to take another backend: nothing is planned"
         )

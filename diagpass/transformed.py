@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from diagpass.backend import FoundCounters, OnlyAnalysed, OnlyCaptured, Session
-from diagpass.capture import dynamo
+from diagpass.capture import dynamo, stances
 from diagpass.describe.places import line_of, module_at
 from diagpass.errors import CaptureError, DiagpassError, VerificationError
 from diagpass.ir import Schedule
@@ -191,7 +191,7 @@ def call_entry(
                 continue
             raise CaptureFailed(dynamo.why(error)) from error
         except RuntimeError as error:
-            if dynamo.is_forbidden(error):
+            if stances.is_forbidden(error):
                 raise Uncaptured(str(error)) from None
             raise
 
@@ -425,7 +425,7 @@ def not_captured(model: nn.Module, failed: Exception, what: str = "model") -> Re
 
 def is_disabled() -> bool:
     """Whether everything runs as it stands: the environment says so, or ``torch.compile`` is off."""
-    return os.environ.get("DIAGPASS_DISABLE", "") not in ("", "0") or dynamo.is_off()
+    return os.environ.get("DIAGPASS_DISABLE", "") not in ("", "0") or stances.is_off()
 
 
 def with_signature(run: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -302,3 +302,78 @@ def test_arguments_that_are_left_out_in_a_later_call() -> None:
             (x, {"aux": None}),
         ):
             assert_tree_same(fast(given, **kwargs), loop(given, **kwargs), 1e-12, "output")
+
+
+class MakesItsState(nn.Module):
+    """The first segment makes a state and returns it; later ones write it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(D, D) for _ in range(3)])
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        if state is None:
+            state = x.new_zeros(B, 1, D)
+        y = x
+        for layer in self.layers:
+            y = torch.tanh(layer(y) + state)
+        state.mul_(0.5).add_(y.mean(1, keepdim=True))
+        return (y, state), state
+
+
+class WrittenWhenMade(Layer):
+    """A buffer that is written in place, then replaced by one that the step returns, too."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.buf = zeros() + 0.1
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.buf.add_(h.mean(1, keepdim=True))
+        h = torch.tanh(self.inp(h) + self.buf)
+        self.buf = (self.buf * 0.5).mul_(0.5)
+        return h
+
+
+class ReturnsABuffer(Step):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.layers[-1].buf
+
+
+@pytest.mark.filterwarnings("ignore:running sequentially")
+@pytest.mark.parametrize("segments", [1, 2, 3, 8])
+def test_what_was_returned_is_not_written_by_a_later_segment(segments: int) -> None:
+    torch.manual_seed(3)
+    x = tokens(segments * T)
+    loops = [
+        SegmentLoop(MakesItsState(), T, carries_state=True).double().eval(),
+        make(WrittenWhenMade, ReturnsABuffer, True),
+    ]
+    for loop in loops:
+        fast: Any = fast_copy(loop)
+        for _ in range(2):
+            with torch.no_grad():
+                assert_tree_same(fast(x), loop(x), 1e-12, "outputs")
+            assert_state_same(fast.original, loop, 1e-12, "state")
+
+
+class Doubles(Layer):
+    """Sets its state by a ``__setattr__`` of its own."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value * 2 if name == "state" else value)
+
+
+class ReturnsItsState(Step):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.layers[-1].state
+
+
+def test_a_setattr_of_ones_own_runs_once() -> None:
+    loop = make(Doubles, ReturnsItsState, True)
+    fast: Any = fast_copy(loop)
+    for segments in (6, 6, 2, 7):
+        x = tokens(segments * T)
+        with torch.no_grad():
+            assert_tree_same(fast(x), loop(x), 1e-12, "outputs")
+        assert_state_same(fast.original, loop, 1e-12, "state")

@@ -132,7 +132,7 @@ def set_way(loop: SegmentLoop, fast: Any, way: str) -> None:
 def test_constants_are_foreseen(way: str, counted: dict[str, int]) -> None:
     loop, fast = resets()
     set_way(loop, fast, way)
-    for call in range(9):
+    for call in range(11):
         check(loop, fast, tokens((6 + call % 2) * T), [], 1e-10)
     assert counted["ahead"] and not counted["vain"]
 

@@ -28,50 +28,13 @@ from torch._dynamo.variables.tensor import (
 from torch.torch_version import TorchVersion
 
 from diagpass.capture.marks import spoken
+from diagpass.capture.stances import answering
 
 _TRACES_GRADIENTS = TorchVersion(torch.__version__) >= TorchVersion("2.13")
 MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of 8
 
 
 _free = threading.local()  # patches that nobody is in at present, by the symbols that they are for
-
-
-# Stances (torch.compiler.set_stance) under which Dynamo may run a frame as it stands; what is taken instead.
-_ANSWERING = {
-    "eager_then_compile": "default",
-    "aot_eager_then_compile": "default",
-    "eager_on_recompile": "fail_on_recompile",
-}
-
-
-def is_off() -> bool:
-    """Whether ``torch.compile`` does not come to us: it is switched off, or has to take another backend."""
-    stance = _stance()
-    forced = getattr(stance, "stance", "") == "force_eager" or getattr(stance, "backend", None) is not None
-    return bool(torch._dynamo.config.disable or forced)
-
-
-def may_run_plainly() -> bool:
-    """Whether the user's stance has what was not captured before run as it stands."""
-    return getattr(_stance(), "stance", "") == "eager_on_recompile"
-
-
-def is_forbidden(error: RuntimeError) -> bool:
-    """Whether Dynamo raised this because of a stance under which nothing is captured."""
-    return any(name in str(error) for name in ("'fail_on_recompile'", "skip_guard_eval_unsafe stance"))
-
-
-def _stance() -> Any:
-    return getattr(torch._dynamo.eval_frame, "_stance", None)
-
-
-def _answering() -> contextlib.AbstractContextManager[Any]:
-    """Inside, Dynamo finds or makes a capture, or raises."""
-    stance = _stance()
-    wanted = _ANSWERING.get(getattr(stance, "stance", ""))
-    if wanted is None:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance(wanted, skip_guard_eval_unsafe=stance.skip_guard_eval_unsafe)
 
 
 @contextlib.contextmanager
@@ -95,7 +58,7 @@ def settings(symbols: Collection[str] = (), answers: bool = False) -> Iterator[N
         for patch in patches:
             stack.enter_context(patch)
         if answers:
-            stack.enter_context(_answering())
+            stack.enter_context(answering())
         yield
     free.append(patches)
 

@@ -23,6 +23,7 @@ those of the values themselves. Cells run wave by wave as soon as no later segme
     check.py     a rolled run against the sequential one, in figures
     summary.py   a run -> its report
     layout.py    segments in a layout that does not tell how many there are
+    plain.py     the loop as it stands, from any state
     face.py      the module that ``transform(SegmentLoop(...))`` returns
     observe.py   which module runs one segment of a model's own loop
     writes.py    which memory an operation writes

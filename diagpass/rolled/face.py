@@ -20,7 +20,7 @@ import torch._dynamo.config
 from torch._dynamo.exc import RecompileError
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diagpass.capture import dynamo
+from diagpass.capture import dynamo, stances
 from diagpass.errors import DiagpassError, DiagpassWarning, SequentialError
 from diagpass.loop import (
     SegmentLoop,
@@ -29,8 +29,6 @@ from diagpass.loop import (
     cut,
     join,
     length_of,
-    one_step,
-    own,
     split_result,
 )
 from diagpass.options import Options
@@ -41,6 +39,7 @@ from diagpass.rolled.fills import Fills
 from diagpass.rolled.follow import Changed, Following, Given
 from diagpass.rolled.layout import fixed_layout
 from diagpass.rolled.pages import Playing
+from diagpass.rolled.plain import go_on, plainly, same_bits
 from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight, Run, as_captured
 from diagpass.rolled.score import Score
@@ -176,11 +175,11 @@ class TransformedLoop(Transformed):
                 narrow = isinstance(stopped, Conflict) and stopped.refusal is not None
                 whole = self._dry_run(segments, state, kwargs, reset=False) if narrow else None
                 self._refuse_because(stopped, key, whole)
-                return _go_on(loop, segments, state, kwargs)
+                return go_on(loop, segments, state, kwargs)
             except Uncaptured:
-                if not dynamo.may_run_plainly():
+                if not stances.may_run_plainly():
                     raise
-                return _go_on(loop, segments, state, kwargs)
+                return go_on(loop, segments, state, kwargs)
             self._remember(run, "wavefront")
             return result
 
@@ -382,7 +381,7 @@ class TransformedLoop(Transformed):
                                 self._take_for_state(stopped.names)
                             elif not isinstance(stopped, Uncaptured):
                                 self._refuse_because(stopped, _key(self, segment, kwargs))
-                            elif not dynamo.may_run_plainly():
+                            elif not stances.may_run_plainly():
                                 raise
                             done = run.drain()
                             run.finish()
@@ -393,7 +392,7 @@ class TransformedLoop(Transformed):
                     yield from done
                     complete = True
                     rest = itertools.chain([segment], items)
-                    return (yield from _plainly(loop, rest, carried.value, kwargs))
+                    return (yield from plainly(loop, rest, carried.value, kwargs))
                 yield from done
             with self._lock, view:
                 self._check_alone(number, run.segments)
@@ -519,7 +518,7 @@ class TransformedLoop(Transformed):
             try:
                 with torch.no_grad():
                     loop.reset_step()
-                    plain = _plainly(loop, segments, state, kwargs)
+                    plain = plainly(loop, segments, state, kwargs)
                     return named_results(list(plain), loop.step)
             finally:
                 before.restore()
@@ -531,7 +530,7 @@ class TransformedLoop(Transformed):
         except BaseException:
             memos.restore()
             raise
-        if not filled.unchanged() or not _same_bits(first, second):
+        if not filled.unchanged() or not same_bits(first, second):
             memos.restore()
             raise refused
         log.info("run twice as it stands, which fills what is kept outside of the step")
@@ -662,36 +661,6 @@ def _ahead(scores: Sequence[Score], given: Given) -> Playing | None:
             playing.play_ahead()
             return playing
     return None
-
-
-def _go_on(loop: SegmentLoop, segments: Iterable[Any], state: Any, kwargs: dict) -> Any:
-    """The sequential call of a loop, from the state that is there."""
-    outputs: list[Any] = []
-    for segment in segments:
-        output, state = one_step(loop, segment, state, kwargs, outputs[-1:])
-        outputs.append(output)
-    joined = join(outputs, loop.dim)
-    return (joined, state) if loop.carries_state else joined
-
-
-def _plainly(
-    loop: SegmentLoop, segments: Iterable[Any], state: Any, kwargs: dict
-) -> Generator[Any, None, Any]:
-    """The sequential loop, from the state that is there."""
-    for segment in segments:
-        if loop.carries_state:
-            output, state = split_result(loop.step(segment, state, **kwargs), loop.step)
-        else:
-            output = loop.step(segment, **kwargs)
-        yield own(output)
-    return state if loop.carries_state else None
-
-
-def _same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        a.shape == right[name].shape and torch.equal(a.nan_to_num(), right[name].nan_to_num())
-        for name, a in left.items()
-    )
 
 
 def _fixed(leaf: Any, own: bool) -> Any:

@@ -210,6 +210,9 @@ class Repeat:
             return None
         if any(_is_grouped(program, item) for item in kept):
             return None
+        owners = [item.owner for item in kept if item.owner is not None] + [owner for owner, *_ in counters]
+        if not all(type(owner).__setattr__ in _PLAIN for owner in owners):  # Dynamo has done what others do
+            return None
         lost = given_away - {item.at for item in kept if item.place == "result"}
         if any(o.place == "result" and o.at in lost for o in origins):
             return None
@@ -531,4 +534,5 @@ def _alike(value: Any, other: Any) -> bool:
     return value is other or (type(value) is type(other) and isinstance(value, _ATOMS) and value == other)
 
 
+_PLAIN = (object.__setattr__, torch.nn.Module.__setattr__)
 _ATOMS = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)

@@ -424,12 +424,18 @@ class Run:
         others = [ref() for ref in self._families.get(id(tensor), ())]
         if any(other is not None and other is not tensor for other in others):
             raise Conflict(f"{name} is written in place while a view of it is kept")
-        if id(tensor) in self._handed_out:
+        if id(tensor) in self._handed_out or self._is_waiting(tensor):
             raise Conflict(f"{name} is written in place after it was returned; return a copy (clone)")
         if id(tensor) not in self._tokens:
             storage = tensor.untyped_storage().data_ptr()
             if self._written.setdefault(storage, id(tensor)) != id(tensor):
                 raise Conflict(f"{name} shares memory with another tensor that is written in place")
+
+    def _is_waiting(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is an output of a segment that is not complete yet."""
+        return id(tensor) in self._tokens and any(
+            token is tensor for *_, tokens in self._waiting for token, _ in tokens
+        )
 
     def _write(self, tensor: torch.Tensor, box: Box) -> None:
         """Record that a tensor is written in place."""

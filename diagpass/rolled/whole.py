@@ -22,7 +22,7 @@ from torch import nn
 from torch._dynamo.exc import RecompileError
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diagpass.capture import dynamo
+from diagpass.capture import dynamo, stances
 from diagpass.capture.foresight import submodule_source
 from diagpass.errors import CaptureError, DiagpassWarning, SequentialError
 from diagpass.options import Options
@@ -99,7 +99,7 @@ class TransformedModel(Transformed):
                 return self._original(*args, **kwargs)
             except Uncaptured:
                 before.restore(keep_setup=True)
-                if not dynamo.may_run_plainly():
+                if not stances.may_run_plainly():
                     raise
                 return self._original(*args, **kwargs)
             except (NotImplementedError, RuntimeError) as error:  # the modes may be the cause

@@ -121,8 +121,9 @@ class _Streams:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.MemPool()
-        with torch.inference_mode(False):
+        self._device = device
+        with torch.inference_mode(False), torch.cuda.device(device):
+            self._pool = torch.cuda.MemPool()
             self._ones = [
                 torch.ones(16, 16, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
             ]
