@@ -253,6 +253,7 @@ class Repeat:
         if not steady.count:  # until they stand for what the last segment left, tokens hold no memory
             for reference, _, written in _standing(steady):
                 run.stand_for(_alive(reference), Box(), written)
+            _let_go(run, steady)
         inputs = [
             Box(leaves[origin.at]) if origin.place == "segment" else value
             for origin, value in zip(steady.origins, steady.entry, strict=True)
@@ -322,11 +323,17 @@ def _standing(steady: _Steady) -> list[tuple[Any, Any, bool]]:
     return found
 
 
+def _let_go(run: Any, steady: _Steady) -> None:
+    """Forget what the last segment was given, as far as nobody else has it."""
+    run.last, run.scope = None, {}
+    given = [item for item in steady.kept if item.place == "input"]
+    _give(run, given, {(item.place, item.at): None for item in given})
+
+
 def _put_back(run: Any, steady: _Steady) -> None:
     """Give the step anew what it keeps of the last segment and has not for itself."""
     program = steady.program
     made: dict[tuple[str, int], torch.Tensor] = {}
-    passed: dict[int, torch.Tensor] = {}
     for item in steady.kept:
         key = item.place, item.at
         if key not in made:
@@ -338,10 +345,18 @@ def _put_back(run: Any, steady: _Steady) -> None:
                 made[key] = run.stand_in(node, steady.before[item.at])
             else:
                 made[key] = run.stand_in(program.returned[item.at].node, steady.last[item.at])
+    _give(run, steady.kept, made)
+
+
+def _give(run: Any, kept: Iterable[_Kept], values: Mapping[tuple[str, int], Any]) -> None:
+    """Let the step keep these."""
+    passed: dict[int, Any] = {}
+    for item in kept:
+        value = values[item.place, item.at]
         if item.owner is not None:
-            setattr(item.owner, item.attribute, made[key])
+            setattr(item.owner, item.attribute, value)
         else:
-            passed[item.leaf] = made[key]
+            passed[item.leaf] = value
     if passed:
         leaves, spec = tree_flatten(run.carried.value)
         leaves = [passed.get(at, leaf) for at, leaf in enumerate(leaves)]
