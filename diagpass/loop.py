@@ -144,12 +144,7 @@ class SegmentLoop(nn.Module):
         self.check_state(state)
         segments = cut(inputs, self.segment_size, self.dim)
         _start(self)
-        outputs: list[Any] = []
-        for segment in segments:
-            output, state = one_step(self, segment, state, kwargs, outputs[-1:])
-            outputs.append(output)
-        joined = join(outputs, self.dim)
-        return (joined, state) if self.carries_state else joined
+        return go_on(self, segments, state, kwargs)
 
     def stream(
         self, segments: Iterable[Any], state: Any = None, *, progress: bool = False, **kwargs: Any
@@ -357,6 +352,16 @@ def _start(loop: SegmentLoop) -> int:
     if not torch.compiler.is_compiling():  # a number that changes would be a recompile per call
         loop._runs += 1
     return loop._runs
+
+
+def go_on(loop: SegmentLoop, segments: Iterable[Any], state: Any, kwargs: dict) -> Any:
+    """The call of a loop segment by segment, from the state that is there; its joined outputs."""
+    outputs: list[Any] = []
+    for segment in segments:
+        output, state = one_step(loop, segment, state, kwargs, outputs[-1:])
+        outputs.append(output)
+    joined = join(outputs, loop.dim)
+    return (joined, state) if loop.carries_state else joined
 
 
 def one_step(

@@ -100,15 +100,7 @@ class Analysis:
 
 
 def records(options: Options, device_types: Collection[str]) -> bool:
-    """Whether what runs is compiled and recorded, so that it pays without width, too.
-
-    Parameters
-    ----------
-    options
-        The user's choices.
-    device_types
-        Where the call computes.
-    """
+    """Whether what computes there is compiled and recorded, so that it pays without width, too."""
     return options.compiler == "inductor" and set(device_types) == {"cuda"}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 
-__all__ = ["answering", "is_forbidden", "is_off", "may_run_plainly"]
+__all__ = ["answering", "asks_all", "is_forbidden", "is_off", "may_run_plainly"]
 
 # Stances (torch.compiler.set_stance) under which Dynamo may run a frame as it stands; what is taken instead.
 _ANSWERING = {
@@ -32,6 +32,11 @@ def is_off() -> bool:
 def may_run_plainly() -> bool:
     """Whether the user's stance has what was not captured before run as it stands."""
     return getattr(_stance(), "stance", "") == "eager_on_recompile"
+
+
+def asks_all() -> bool:
+    """Whether Dynamo asks all guards of a capture, and not only those that tell captures apart."""
+    return not getattr(_stance(), "skip_guard_eval_unsafe", False)
 
 
 def is_forbidden(error: RuntimeError) -> bool:

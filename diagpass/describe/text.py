@@ -73,7 +73,7 @@ def _verdict(r: Any) -> Iterator[str]:
         return
     yield f"{r.verdict} ({short_lines(r.reason)})"
     if r.ran == "wavefront":
-        yield "so its cells run one after the other, compiled"
+        yield "so its cells run one after the other"
     elif r.ran is None and is_narrow(r.reason):
         yield (
             "so diagpass runs the model as it stands: same results, same speed; on CUDA under Inductor its "

@@ -27,6 +27,7 @@ from diagpass.loop import (
     SegmentStream,
     check_segments,
     cut,
+    go_on,
     join,
     length_of,
     split_result,
@@ -39,7 +40,7 @@ from diagpass.rolled.fills import Fills
 from diagpass.rolled.follow import Changed, Following, Given
 from diagpass.rolled.layout import fixed_layout
 from diagpass.rolled.pages import Playing
-from diagpass.rolled.plain import go_on, plainly, same_bits
+from diagpass.rolled.plain import plainly, same_bits
 from diagpass.rolled.program import Refused
 from diagpass.rolled.run import Conflict, NotAWeight, Run, as_captured
 from diagpass.rolled.score import Score
@@ -633,7 +634,7 @@ class TransformedLoop(Transformed):
 
     def _remember(self, run: Run, ran: str | None) -> None:
         self.__dict__["_last"] = functools.partial(rolled_report, run, self._session, None, ran)
-        for note in (*self._session.kinds.notes, *([run.narrow.note] if run.narrow else [])):
+        for note in run.notes:
             if note not in self._warned:
                 self._warned.add(note)
                 warnings.warn(note, DiagpassWarning, stacklevel=4)

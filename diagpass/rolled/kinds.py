@@ -18,6 +18,7 @@ import torch.fx as fx
 
 from diagpass.analysis.kinds import find_kinds, signature
 from diagpass.analysis.memory import width_within
+from diagpass.capture import stances
 from diagpass.errors import BatchingError
 from diagpass.ir import Cell, Kind
 from diagpass.lowering.batch import batch_kind, device_of
@@ -233,7 +234,7 @@ class Kinds:
 
     def glance(self) -> Standing:
         """The same for a call that Dynamo is asked about: its guards ask how weights lie, but not where."""
-        if self.follow_weights and addresses(self._objects) == self._places[0]:
+        if stances.asks_all() and self.follow_weights and addresses(self._objects) == self._places[0]:
             return self._at(self._places)
         return self.refresh()
 

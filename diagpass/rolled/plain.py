@@ -7,19 +7,9 @@ from typing import Any
 
 import torch
 
-from diagpass.loop import SegmentLoop, join, one_step, own, split_result
+from diagpass.loop import SegmentLoop, own, split_result
 
-__all__ = ["go_on", "plainly", "same_bits"]
-
-
-def go_on(loop: SegmentLoop, segments: Iterable[Any], state: Any, kwargs: dict) -> Any:
-    """The call of a loop segment by segment, from the state that is there; its joined outputs."""
-    outputs: list[Any] = []
-    for segment in segments:
-        output, state = one_step(loop, segment, state, kwargs, outputs[-1:])
-        outputs.append(output)
-    joined = join(outputs, loop.dim)
-    return (joined, state) if loop.carries_state else joined
+__all__ = ["plainly", "same_bits"]
 
 
 def plainly(

@@ -515,6 +515,11 @@ class Run:
         self._waiting.append((value, ready, tokens))
 
     @property
+    def notes(self) -> list[str]:
+        """What a user is told of a run that is done."""
+        return [*self.kinds.notes, *([self.narrow.note] if self.narrow else [])]
+
+    @property
     def width(self) -> int | None:
         """The largest number of cells in a wave; None for no limit."""
         return self.max_width if self.max_width == 1 else self.kinds.width(self.max_width)

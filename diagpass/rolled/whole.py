@@ -297,7 +297,7 @@ class TransformedModel(Transformed):
 
     def _remember(self, run: OuterRun, ran: str | None) -> None:
         self.__dict__["_last"] = functools.partial(rolled_report, run, self._rolled, None, ran)
-        for note in (*self._rolled.kinds.notes, *([run.narrow.note] if run.narrow else [])):
+        for note in run.notes:
             if note not in self._warned:
                 self._warned.add(note)
                 warnings.warn(note, DiagpassWarning, stacklevel=4)
