@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
+from torch.fx.node import map_aggregate
 
-from diagpass.capture.marks import calls_of
+from diagpass.capture.marks import Record, calls_in, record_of
 
 __all__ = ["script"]
 
@@ -27,6 +28,7 @@ import torch.fx as fx
 from torch import device, inf, nan  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.overrides import TorchFunctionMode
 
 from diagpass import pipeline
 from diagpass.options import Options
@@ -53,13 +55,28 @@ def make(described):
     return value.normal_() if kind.is_floating_point else value.zero_()
 
 
+class Every(TorchFunctionMode):
+    """Traces the operations on constants, too."""
+
+    def __init__(self, tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, operation, types, args=(), kwargs=None):
+        if isinstance(operation, torch._ops.OpOverload):
+            return self.tracer.create_proxy("call_function", operation, args, kwargs or {{}})
+        return operation(*args, **(kwargs or {{}}))
+
+
 def main():
     torch.manual_seed(0)
     inputs = [make(each) for each in INPUTS]
     root = Graph()
     for name, described in CONSTANTS.items():
         root.register_buffer(name, make(described))
-    graph = fx.symbolic_trace(root)
+    tracer = fx.Tracer()
+    with Every(tracer):
+        graph = fx.GraphModule(root, tracer.trace(root))
     operations = [node for node in graph.graph.nodes if node.op == "call_function"]
     for node, calls in zip(operations, MARKS, strict=True):
         node.meta["nn_module_stack"] = {{
@@ -97,41 +114,66 @@ def script(graph: fx.GraphModule, weights: Sequence[bool]) -> Script | None:
             constants[str(node.target)] = _described(getattr(graph, str(node.target), None))
     if any(each is _NOT for each in [*inputs, *constants.values()]):
         return None
-    marks = [
-        [(call.path, call.count, call.cls, call.module) for call in calls_of(node)]
-        for node in nodes
-        if node.op == "call_function"
-    ]
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph.graph, {}))
-    return Script(copied, inputs, constants, list(weights), marks)
+    return Script([_Line.of(node) for node in nodes], inputs, constants, list(weights))
+
+
+class _Name(str):
+    """The name of a node, where a line has another as its argument."""
+
+
+class _Line(NamedTuple):
+    """A node by its names alone: what is kept for a script holds neither a graph nor a tensor."""
+
+    op: str
+    name: str
+    target: Any
+    arguments: Any
+    record: Record
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Line:
+        arguments: Any = fx.map_arg((node.args, node.kwargs), lambda argument: _Name(argument.name))
+        return cls(node.op, node.name, node.target, arguments, record_of(node))
 
 
 class Script:
     """A script that is written when it is asked for; to pickle or copy it is to write it."""
 
     def __init__(
-        self,
-        graph: fx.Graph,
-        inputs: list[Any],
-        constants: dict[str, Any],
-        weights: list[bool],
-        marks: list[Any],
+        self, lines: Sequence[_Line], inputs: list[Any], constants: dict[str, Any], weights: list[bool]
     ) -> None:
-        self._graph = graph
-        self._parts = {"inputs": inputs, "constants": constants, "weights": weights, "marks": marks}
+        self._lines = lines
+        self._parts = {"inputs": inputs, "constants": constants, "weights": weights}
 
     def __call__(self) -> str:
         """The text."""
         from diagpass import __version__
 
-        code = self._graph.python_code("self").src
+        code = self._graph().python_code("self").src
+        marks = [
+            [(call.path, call.count, call.cls, call.module) for call in calls_in(line.record)]
+            for line in self._lines
+            if line.op == "call_function"
+        ]
         return _SCRIPT.format(
             version=__version__,
             torch=torch.__version__,
             code="\n".join(f"    {line}".rstrip() for line in code.strip().splitlines()),
+            marks=json.dumps(marks),
             **{name: json.dumps(part) for name, part in self._parts.items()},
         )
+
+    def _graph(self) -> fx.Graph:
+        graph = fx.Graph()
+        nodes: dict[str, fx.Node] = {}
+
+        def found(leaf: Any) -> Any:
+            return nodes[leaf] if isinstance(leaf, _Name) else leaf
+
+        for line in self._lines:
+            args, kwargs = map_aggregate(line.arguments, found)
+            nodes[line.name] = graph.create_node(line.op, line.target, args, kwargs, line.name)
+        return graph
 
     def __reduce__(self) -> Any:
         return str, (self(),)

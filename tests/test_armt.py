@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -282,13 +283,19 @@ def test_cold_start(compiler: str, seconds: float, tmp_path: Any) -> None:
     """transform and the first call, with empty caches, 4 layers x 4 segments.
 
     The limit is one of wall time on an idle machine. Where other tests share the cores, time spent
-    computing is what the wall time would at most have been.
+    computing is what the wall time would at most have been. One run on a machine that others share may
+    be slow by a third: where the first is beyond the limit, the median of three has to be within it.
     """
     env = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
-    out = run_python(COLD, compiler, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), **env)
-    wall, computing, ran = out.split("seconds")[1].split()
-    assert ran == "wavefront"
-    assert min(float(wall), float(computing)) <= seconds, f"{wall} s, computing {computing} s"
+    taken: list[float] = []
+    while len(taken) < 3 and max(taken, default=seconds + 1) > seconds:
+        cache = tmp_path / str(len(taken))
+        cache.mkdir()
+        out = run_python(COLD, compiler, TORCHINDUCTOR_CACHE_DIR=str(cache), **env)
+        wall, computing, ran = out.split("seconds")[1].split()
+        assert ran == "wavefront"
+        taken.append(min(float(wall), float(computing)))
+    assert statistics.median(taken) <= seconds, f"{taken} s"
 
 
 def test_the_default_options_warn_of_nothing() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import diagpass
 from diagpass.cli import sample
 from diagpass.describe.progress import Progress
 from diagpass.stages import listening
+from examples import armt
 from tests import rolled_models
 
 ROOT = Path(__file__).parent.parent
@@ -46,16 +48,28 @@ def test_torch_logs_and_torch_trace_show_the_stages(tmp_path: Path) -> None:
     assert "wave1_kind0_w2" in traced
 
 
-def test_a_saved_repro_runs_and_agrees(tmp_path: Path) -> None:
-    model, inputs = sample.build(layers=2, segments=3, width=4)
-    report = diagpass.explain(model, *inputs)
-    report.save_repro(tmp_path / "repro.py")
-    said = run(str(tmp_path / "repro.py")).stdout
-    assert "2 layers x 3 segments, 6 cells" in said and "4 waves" in said
+def _agrees(report: Any, path: Path) -> str:
+    report.save_repro(path)
+    said = run(str(path)).stdout
     differences = [
         float(line.rpartition(" ")[2]) for line in said.splitlines() if "largest difference" in line
     ]
     assert differences and max(differences) < 1e-5
+    return said
+
+
+def test_a_saved_repro_runs_and_agrees(tmp_path: Path) -> None:
+    model, inputs = sample.build(layers=2, segments=3, width=4)
+    said = _agrees(diagpass.explain(model, *inputs), tmp_path / "repro.py")
+    assert "2 layers x 3 segments, 6 cells" in said and "4 waves" in said
+
+
+def test_a_saved_repro_has_the_operations_on_constants(tmp_path: Path) -> None:
+    """Positions, masks: what no input goes into is not traced unless one sees to it."""
+    model, inputs = armt.build(base="llama", layers=2, segments=2, batch=1, d_model=32, heads=2)
+    report = diagpass.explain(model, *inputs)
+    assert "arange" in str(report.repro() if callable(report.repro) else report.repro)
+    assert "2 layers x 2 segments, 4 cells" in _agrees(report, tmp_path / "repro.py")
 
 
 def test_the_repro_of_a_loop_rebuilds_it(tmp_path: Path) -> None:

@@ -78,16 +78,17 @@ def spoken(raw: str) -> str:
 
 def calls_of(node: fx.Node) -> tuple[Call, ...]:
     """The calls around ``node``, outermost first, without the root module."""
-    return _calls(_record_of(node))
+    return calls_in(record_of(node))
 
 
-def _record_of(node: fx.Node) -> Record:
+def record_of(node: fx.Node) -> Record:
     """Dynamo's record of a node, hashable; many nodes of a module have the same."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple((key, raw, cls) for key, (raw, cls) in stack.items())
 
 
-def _calls(record: Record) -> tuple[Call, ...]:
+def calls_in(record: Record) -> tuple[Call, ...]:
+    """The calls that a node's record tells of, outermost first, without the root module."""
     found = []
     for key, raw, cls in record:
         path = module_path(raw)
@@ -110,9 +111,9 @@ def all_calls(graph: fx.Graph) -> dict[fx.Node, tuple[Call, ...]]:
     for node in graph.nodes:
         number = id(node.meta.get("nn_module_stack"))
         if number not in read:
-            read[number] = _record_of(node)
+            read[number] = record_of(node)
         records[node] = read[number]
-    calls = {record: _calls(record) for record in dict.fromkeys(records.values())}  # in program order
+    calls = {record: calls_in(record) for record in dict.fromkeys(records.values())}  # in program order
     paths: dict[str, str] = {}
     counts: dict[str, dict[tuple[str, int], int]] = {}
     for stack in calls.values():
