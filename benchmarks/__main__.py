@@ -42,6 +42,7 @@ from benchmarks.measure import (
 from benchmarks.narrow import measure_narrow
 from benchmarks.presets import PRESETS, Preset, flops, make_cell, make_ids, make_llama
 from benchmarks.table import as_markdown, print_rows
+from examples.armt import AssociativeRecurrentWrapper
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -89,11 +90,16 @@ def run(
         bool,
         typer.Option(help="Ask all of Dynamo's guards; without, the wavefront's calls skip most of them"),
     ] = True,
+    own_loop: Annotated[
+        bool, typer.Option(help="Transform the model with the loop of its own, in place of a SegmentLoop")
+    ] = False,
 ) -> None:
     """Measure one shard."""
     if not workspace:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":0:0"
     heads = head.split(",")
+    if own_loop and "last" in heads:
+        raise typer.BadParameter("the model's own loop computes no or all logits", param_hint="--head")
     if not set(heads) <= HEADS or (len(heads) > 1 and "none" in heads):
         raise typer.BadParameter(f"{head!r}: it is none, all, last, or all,last", param_hint="--head")
     wanted = set(baselines.split(","))
@@ -105,6 +111,7 @@ def run(
             *(row[key] for key in ("preset", "segment", "tokens", "head", "device")),
             row.get("workspace", True),
             row.get("guards", True),
+            row.get("own_loop", False),
         )
         for row in rows
     }
@@ -114,7 +121,7 @@ def run(
         (head, length)
         for head in heads
         for length in map(int, tokens.split(","))
-        if (preset, segment, length, _said(head), name, workspace, guards) not in done
+        if (preset, segment, length, _said(head), name, workspace, guards, own_loop) not in done
     ]
     if not todo:
         return
@@ -123,7 +130,8 @@ def run(
     cell = make_cell(shape, segment, device, dtype, heads != ["none"])
     model_bytes = sum(p.numel() * p.element_size() for p in cell.parameters())
     loop = diagpass.SegmentLoop(cell, segment, reset="zero_mem")
-    transformed = diagpass.transform(loop, options={"form": form})
+    model = AssociativeRecurrentWrapper(cell, segment) if own_loop else loop
+    transformed = diagpass.transform(model, options={"form": form})
     head, longest = todo[-1]
     cold = seconds(lambda: transformed(make_ids(shape, longest, device), **_kept(shape, head)), device)
     transformed(make_ids(shape, longest, device), **_kept(shape, head))
@@ -156,7 +164,8 @@ def run(
         row = {
             "case": f"{preset}, segment {segment}, {length} tokens"
             + ("" if workspace else ", no workspace")
-            + ("" if guards else ", guards skipped"),
+            + ("" if guards else ", guards skipped")
+            + (", own loop" if own_loop else ""),
             "preset": preset,
             "segment": segment,
             "tokens": length,
@@ -166,6 +175,7 @@ def run(
             "ran": transformed.report.ran,
             "workspace": workspace,
             "guards": guards,
+            "own_loop": own_loop,
             "forms": sorted({f"{fact['width']}: {fact['form']}" for fact in transformed.report.forms}),
             "threads": torch.get_num_threads() if device == "cpu" else 0,
             **row,
