@@ -31,14 +31,19 @@ WAIT = AsyncCompile.wait
 def compilations(monkeypatch: Any) -> list[str]:
     """What Inductor was given, in order, and whether it had to wait for each."""
     found: list[str] = []
-    by_inductor = compiled._by_inductor
+    by_inductor, at_once = compiled._by_inductor, compiled._at_once
 
     def count(graph: fx.GraphModule, operands: list[Any]) -> Any:
-        ahead = AsyncCompile.wait is not WAIT
-        found.append("ahead" if ahead else "at once")
+        found.append("ahead")
         return by_inductor(graph, operands)
 
+    def say(graph: fx.GraphModule, operands: list[Any]) -> Any:
+        made = at_once(graph, operands)
+        found[-1] = "at once"
+        return made
+
     monkeypatch.setattr(compiled, "_by_inductor", count)
+    monkeypatch.setattr(compiled, "_at_once", say)
     return found
 
 
@@ -188,13 +193,17 @@ def together(monkeypatch: Any) -> list[int]:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("begin", [True, False])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_nothing_waits_for_itself_where_nothing_is_cached(threads: int, together: list[int]) -> None:
+def test_nothing_waits_for_itself_where_nothing_is_cached(
+    threads: int, begin: bool, together: list[int]
+) -> None:
     """Inductor keeps binaries on disk: one that is there needs no compiler, and no lock."""
     x, y = torch.randn(3, 8), torch.randn(8, 5)
     kind = InductorKind(graph_of(two_kernels, x.shape, y.shape), "kind0")
     with fresh_cache(), inductor_config.patch(compile_threads=threads):
-        kind.begin([x, y])
+        if begin:
+            kind.begin([x, y])
         torch.testing.assert_close(kind(x, y)[0], two_kernels(x, y))
     assert together == [2]
 
@@ -220,9 +229,10 @@ def test_a_graph_without_kernels(together: list[int]) -> None:
     assert together == [0]
 
 
+@pytest.mark.parametrize("begin", [True, False])
 @pytest.mark.parametrize("when", ["begin", "finish"])
 def test_kernels_that_do_not_go_together(
-    when: str, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+    when: str, begin: bool, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: Any) -> Any:
         raise RuntimeError("redefined")
@@ -231,7 +241,8 @@ def test_kernels_that_do_not_go_together(
     x, y = torch.randn(3, 6), torch.randn(6, 7)
     kind = InductorKind(graph_of(two_kernels, x.shape, y.shape), "kind0")
     with caplog.at_level("INFO", logger="diagpass"):
-        kind.begin([x, y])
+        if begin:
+            kind.begin([x, y])
         torch.testing.assert_close(kind(x, y)[0], two_kernels(x, y))
     assert "one by one (RuntimeError: redefined)" in caplog.text
 

@@ -3,8 +3,8 @@
 Inductor lowers a graph to C++ in this process, has the kernels compiled by others, and waits for them.
 Before the first call of a plan runs anything, its graphs are all lowered, and only then is waited for the
 kernels of each, when it is needed. The kernels of a graph are compiled together
-(:mod:`diagpass.runtime.together`). Without a pool of compilers (``TORCHINDUCTOR_COMPILE_THREADS=1``) only
-this is gained.
+(:mod:`diagpass.runtime.together`), which is all that is gained without a pool of compilers
+(``TORCHINDUCTOR_COMPILE_THREADS=1``), and for a graph that is compiled when it is first called.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ class InductorKind(torch.nn.Module):
         ]
         if all(stride is not None for stride in self._strides):
             try:
-                self._compiled = _by_inductor(self.graph_module, self._examples(operands))
+                self._compiled = _at_once(self.graph_module, self._examples(operands))
                 log.info("compiled %s in %.1f s", self.name, time.perf_counter() - begin)
                 return
             except Exception as error:  # Inductor raises what it likes; the graph itself is sound
@@ -207,6 +207,17 @@ class InductorKind(torch.nn.Module):
     def _examples(self, operands: tuple) -> list[Any]:
         """What Inductor is shown of the operands."""
         return list(operands)
+
+
+def _at_once(graph: fx.GraphModule, operands: list[Any]) -> Any:
+    """Compiled, with nothing to wait for; on the CPU its kernels are compiled together."""
+    if not all(isinstance(operand, torch.Tensor) and operand.device.type == "cpu" for operand in operands):
+        return _by_inductor(graph, operands)
+    with waiting_later() as waits:
+        compiled = _by_inductor(graph, operands)
+    for wait in waits:
+        wait()
+    return compiled
 
 
 def _by_inductor(graph: fx.GraphModule, operands: list[Any]) -> Any:
