@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import diagpass
-from diagpass.runtime import ahead, compiled
+from diagpass.runtime import ahead, compiled, forms
 from diagpass.runtime.ahead import waiting_later
 from diagpass.runtime.compiled import InductorKind
 from tests.helpers import assert_same
@@ -285,3 +285,58 @@ def test_a_plan_s_graphs_are_all_compiled_ahead(
         assert_same(model, inputs, {"compiler": "inductor"})
     assert compilations and set(compilations) == {"ahead"}
     assert len(together) == len(compilations) and "one by one" not in caplog.text
+
+
+class Step(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, segment: Tensor) -> Tensor:
+        for layer in self.layers:
+            segment = layer(segment)
+        return segment
+
+
+class Stepped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = Step()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([self.step(segment) for segment in h.split(2, 1)], 1)
+
+
+@pytest.mark.parametrize("make, loop", [(Stack, "flat"), (Stepped, "rolled")])
+def test_forms_are_timed_with_no_compiler_beside_them(
+    make: Callable[[], nn.Module],
+    loop: str,
+    compilations: list[str],
+    together: list[int],
+    monkeypatch: Any,
+) -> None:
+    waited: dict[InductorKind, bool] = {}
+    timed: list[int] = []
+    begin, finish, choose = InductorKind.begin, InductorKind.finish, forms.choose
+
+    def begun(kind: InductorKind, known: Any) -> None:
+        begin(kind, known)
+        waited[kind] = False
+
+    def finished(kind: InductorKind) -> None:
+        finish(kind)
+        waited[kind] = True
+
+    def choosing(*args: Any) -> Any:
+        assert all(waited.values())
+        timed.append(len(waited))
+        return choose(*args)
+
+    monkeypatch.setattr(InductorKind, "begin", begun)
+    monkeypatch.setattr(InductorKind, "finish", finished)
+    monkeypatch.setattr(forms, "choose", choosing)
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 12, D, dtype=torch.float64),)
+    assert_same(make().double().eval(), inputs, {"compiler": "inductor", "loop": loop, "form": "measured"})
+    assert compilations[0] == "ahead" and compilations.count("ahead") >= 2 and max(timed) >= 2
+    assert len(together) == len(compilations)

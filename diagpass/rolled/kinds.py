@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,8 @@ class Kinds:
         The kinds over them.
     device
         Where they run; the CPU if on several devices.
+    begun
+        For which programs and waves graphs were compiled ahead.
     """
 
     def __init__(self, options: Options) -> None:
@@ -115,6 +117,7 @@ class Kinds:
         self.kinds: tuple[Kind, ...] = ()
         self.device = torch.device("cpu")
         self.notes: dict[str, None] = {}
+        self.begun: set[Hashable] = set()
         self._place: list[tuple[Kind, int]] = []
         self._keys: dict[int, int] = {}
         self._key_numbers: dict[tuple, int] = {}
@@ -144,6 +147,11 @@ class Kinds:
         self._slices: dict[tuple, Fixed] = {}
         self._places: Places = ()
 
+    @property
+    def compiles_ahead(self) -> bool:
+        """Whether graphs are compiled before they are called: where Inductor compiles for the CPU."""
+        return self.options.compiler == "inductor" and self.device.type == "cpu"
+
     # Programs and their weights.
 
     def use(self, program: StepProgram, weights: Sequence[torch.Tensor]) -> bool:
@@ -168,6 +176,7 @@ class Kinds:
             self.cells, self._weights_of = [], {}
             self._numbers, self._objects, self._by_id, self._boxes = {}, [], {}, {}
             self._fixed_boxes = set()
+            self.begun = set()
         self._weights_of[program] = list(weights)
         placeholders = (
             node

@@ -38,7 +38,7 @@ from diagpass.rolled.returns import layout_of
 from diagpass.rolled.undo import Undo
 from diagpass.rolled.values import NOW, Box, aggregate, derived, read, union
 from diagpass.rolled.view import View
-from diagpass.rolled.waves import PendingCell, runner
+from diagpass.rolled.waves import Direct, PendingCell, runner
 from diagpass.runtime.clock import clock_of_wave
 from diagpass.runtime.layouts import is_shared
 
@@ -629,6 +629,11 @@ class Run:
             self.kinds.refresh()
             self._fresh = True
         with as_captured():
+            if not self.dry and self.kinds.compiles_ahead:
+                waves = (self._waves.get(wave, []) for wave in range(self._done + 1, last + 1))
+                Direct(self.kinds).begin(
+                    self.programs, [part for cells in waves for part in self._parts(cells)]
+                )
             while self._done < last:
                 self._done += 1
                 cells = self._waves.pop(self._done, [])
@@ -638,11 +643,14 @@ class Run:
                     if after is not None:
                         after()
 
-    def _wave(self, cells: list[PendingCell]) -> None:
+    def _parts(self, cells: list[PendingCell]) -> list[list[PendingCell]]:
+        """A wave's cells, no more at a time than may run together."""
         cells.sort(key=lambda cell: (cell.layer, cell.segment))
-        limit = self.width or len(cells)
-        for start in range(0, len(cells), limit):
-            part = cells[start : start + limit]
+        limit = self.width or max(len(cells), 1)
+        return [cells[start : start + limit] for start in range(0, len(cells), limit)]
+
+    def _wave(self, cells: list[PendingCell]) -> None:
+        for part in self._parts(cells):
             self.waves += 1
             self.widest = max(self.widest, len(part))
             if self.dry:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,12 @@ import torch.fx as fx
 from diagpass.ir import Kind
 from diagpass.pipeline import records
 from diagpass.rolled.kinds import Into, Kinds
+from diagpass.rolled.program import Lump, StepProgram
 from diagpass.rolled.values import Box, Row, gather, listener, parts_of, runs_of, tensor_of
 from diagpass.runtime.buffers import Buffers
 from diagpass.runtime.clock import clock_of_groups
+from diagpass.runtime.compiled import InductorKind, compile_all
+from diagpass.runtime.forms import want
 from diagpass.runtime.replay import CudaRecorder, Recorder, Replays, StreamOrder
 from diagpass.runtime.stacks import ALIGNMENT
 
@@ -61,10 +64,36 @@ class Direct:
 
     def __call__(self, cells: Sequence[PendingCell]) -> int:
         """Run cells that do not depend on each other; how many of them ran batched."""
+        return sum(self.timed(kind, part, members) for kind, part, members in self._groups(cells))
+
+    def begin(self, programs: Iterable[StepProgram], waves: Iterable[Sequence[PendingCell]]) -> None:
+        """Have all graphs compiled that are needed, one while the next is lowered, where that is new.
+
+        All are there when it returns: forms are timed when they first run, with nothing beside them.
+        """
+        wanted: dict[InductorKind, Sequence[Any]] = {}
+        for program in programs:
+            if program in self.kinds.begun:
+                continue
+            self.kinds.begun.add(program)
+            for unit in program.units:
+                if isinstance(unit, Lump):
+                    want(self.kinds.glue(unit.module, unit.key), [None] * len(unit.inputs), wanted)
+        for cells in waves:
+            numbers = tuple(cell.number for cell in cells)
+            if numbers in self.kinds.begun:
+                continue
+            self.kinds.begun.add(numbers)
+            for kind, part, members in self._groups(cells):
+                operands, shared = self._operands(kind, part, members, ahead=True)
+                form = None if operands is None else self.kinds.form(kind, len(part), shared)
+                run = self.kinds.single(kind) if form is None else form[0]
+                want(run, [None] * len(kind.slots) if form is None else operands or [], wanted)
+        compile_all(wanted)
+
+    def _groups(self, cells: Sequence[PendingCell]) -> list[tuple[Kind, list[PendingCell], list[int]]]:
         groups = self.kinds.groups(tuple(cell.number for cell in cells))
-        return sum(
-            self.timed(kind, [cells[at] for at in positions], members) for kind, positions, members in groups
-        )
+        return [(kind, [cells[at] for at in positions], members) for kind, positions, members in groups]
 
     def timed(self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]) -> int:
         """:meth:`group`, under the clock if somebody measures."""
@@ -76,8 +105,7 @@ class Direct:
         writer = listener()
         if writer is not None:
             writer.stop("a group ran that was not a replay")
-        literal = self.kinds.options.compiler == "inductor" and any(slot.literal for slot in kind.slots)
-        operands, shared = self._operands(kind, cells, members) if len(cells) > 1 or literal else (None, ())
+        operands, shared = self._operands(kind, cells, members)
         form = None if operands is None else self.kinds.form(kind, len(cells), shared)
         if form is not None:
             run, stacked = form
@@ -90,12 +118,16 @@ class Direct:
         return 0
 
     def _operands(
-        self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int]
+        self, kind: Kind, cells: Sequence[PendingCell], members: Sequence[int], ahead: bool = False
     ) -> tuple[list[Any] | None, tuple[bool, ...]]:
         """What a group's form takes, and which of it all cells share; None if the group has no form.
 
-        A Python number is never passed to a form: it would be traced in.
+        A Python number is never passed to a form: it would be traced in. ``ahead``: before the cells that
+        it reads have run; what comes from them is None.
         """
+        literal = self.kinds.options.compiler == "inductor" and any(slot.literal for slot in kind.slots)
+        if len(cells) == 1 and not literal:
+            return None, ()
         plan = self.kinds.plan(kind, tuple(cell.number for cell in cells), members)
         operands: list[Any] = [None if item is None else item[0] for item in plan.fixed]
         shared = [item is not None and item[1] for item in plan.fixed]
@@ -110,7 +142,10 @@ class Direct:
                 self.kinds.notes[f"cells like {path} run unbatched: they read {odd}"] = None
                 return None, ()
             shared[at] = all(box is first for box in boxes)
-            operands[at] = first.tensor() if shared[at] else gather(boxes)
+            if not ahead:
+                operands[at] = first.tensor() if shared[at] else gather(boxes)
+            elif shared[at] and first.is_plain:
+                operands[at] = first.tensor()
         return operands, tuple(shared)
 
     def _single(self, kind: Kind, cell: PendingCell, member: int) -> None:

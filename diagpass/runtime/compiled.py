@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class InductorKind(torch.nn.Module):
         known
             Per operand, what it will be, or None: it is expected to be laid out as when it was traced.
         """
-        if self._compiled is not None or self._ahead is not None:
+        if self.is_begun:
             return
         begin = time.perf_counter()
         try:
@@ -151,25 +151,42 @@ class InductorKind(torch.nn.Module):
         self._ahead = _Begun(compiled, waits, time.perf_counter() - begin)
         self._strides = [operand.stride() for operand in operands]
 
-    def _is_finished(self, operands: tuple) -> bool:
-        """Whether what was begun serves these operands, once it is there."""
-        if self._ahead is None:
-            return False
-        begun, self._ahead = self._ahead, None
+    @property
+    def operands(self) -> int:
+        """How many operands it takes."""
+        return len(self.graph_module.graph.find_nodes(op="placeholder"))
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it is compiled, or on the way."""
+        return self._compiled is not None or self._ahead is not None
+
+    def finish(self) -> None:
+        """Wait for what was begun."""
+        if self._ahead is None or not self._ahead.waits:
+            return
         begin = time.perf_counter()
         try:
-            for wait in begun.waits:
-                wait()
+            while self._ahead.waits:
+                self._ahead.waits.pop(0)()
         except Exception as error:
             log.info("%s: not compiled ahead (%s: %s)", self.name, type(error).__name__, error)
+            self._ahead = None
+            return
+        waited = time.perf_counter() - begin
+        log.info("compiled %s in %.1f s, waited %.1f s more", self.name, self._ahead.seconds, waited)
+
+    def _is_finished(self, operands: tuple) -> bool:
+        """Whether what was begun serves these operands, once it is there."""
+        self.finish()
+        begun, self._ahead = self._ahead, None
+        if begun is None:
             return False
         if not self._are_laid_out(operands):
             log.info("%s was compiled ahead for operands laid out otherwise", self.name)
             return False
         self._compiled = begun.compiled
         self._strides = [operand.stride() for operand in operands]  # where there is one element, any will do
-        waited = time.perf_counter() - begin
-        log.info("compiled %s in %.1f s, waited %.1f s more", self.name, begun.seconds, waited)
         return True
 
     def _are_laid_out(self, operands: tuple) -> bool:
@@ -272,6 +289,24 @@ class InductorWidths(torch.nn.Module):
             log.info("%s does not serve %d cells, which are compiled for themselves", self.name, width)
             self.alone[width] = InductorKind(at_width(self.graph_module, width), f"{self.name}_w{width}")
         self._served.add(width)
+
+
+def compile_all(wanted: Mapping[InductorKind, Sequence[Any]]) -> None:
+    """Have graphs compiled, one while the next is lowered, and wait for all of them.
+
+    Parameters
+    ----------
+    wanted
+        Per graph, what is known of its operands (:meth:`InductorKind.begin`). One alone is left to its first
+        call, which knows all of them.
+    """
+    new = {graph: known for graph, known in wanted.items() if not graph.is_begun}
+    if len(new) < 2:
+        return
+    for graph, known in new.items():
+        graph.begin(known)
+    for graph in new:
+        graph.finish()
 
 
 def _laid_out(operand: Any, stride: tuple[int, ...] | None) -> Any:

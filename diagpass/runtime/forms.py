@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from diagpass.lowering.inplace import Result, results_of, write_results
 from diagpass.lowering.products import Product, products, with_loops
 from diagpass.lowering.widths import width_of
 from diagpass.options import Options
-from diagpass.runtime.compiled import InductorKind, InductorWidths
+from diagpass.runtime.compiled import InductorKind, InductorWidths, compile_all
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ PRODUCT_BUDGET = 0.02  # and for the ways of a product
 MOST_BYTES = 2**28  # of a product's operands and result; larger ones stay batched
 HOPELESS = 1.0  # times as long for its products one by one: more, and the single cell is not even compiled
 
-__all__ = ["Forms", "GroupForm", "begin_all", "is_measured", "number_in_turn"]
+__all__ = ["Forms", "GroupForm", "begin_all", "is_measured", "number_in_turn", "want"]
 
 
 def is_measured(options: Options, device: torch.device) -> bool:
@@ -244,21 +244,28 @@ class Forms:
 
 def number_in_turn(modules: Iterable[torch.nn.Module]) -> None:
     """Let the graphs that are to be compiled know how many they are, for whoever watches."""
-    found: dict[InductorKind, None] = {}
-    for module in modules:
-        for form in module.candidates.values() if isinstance(module, GroupForm) else (module,):
-            graph = form.single.run if isinstance(form, _OneByOne) else form
-            graph = graph.common if isinstance(graph, InductorWidths) else graph
-            if isinstance(graph, InductorKind):
-                found[graph] = None
+    found = dict.fromkeys(graph for module in modules for graph, _ in _graphs_of(module))
     for at, graph in enumerate(found):
         graph.place = at, len(found)
+
+
+def _graphs_of(run: Any) -> Iterator[tuple[InductorKind, bool]]:
+    """The graphs that something which runs groups has compiled, and whether each takes what the group takes.
+
+    One whose form is chosen has them no more.
+    """
+    for form in list(run.candidates.values()) if isinstance(run, GroupForm) else [run]:
+        alone = isinstance(form, _OneByOne)
+        graph = form.single.run if alone else form
+        graph = graph.common if isinstance(graph, InductorWidths) else graph
+        if isinstance(graph, InductorKind):
+            yield graph, not alone
 
 
 def begin_all(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Have the graphs compiled that a program calls, one while the next is lowered.
 
-    A group whose form is to be measured waits for its turn.
+    All are there when it returns: forms are timed when they first run, with nothing beside them.
 
     Parameters
     ----------
@@ -269,19 +276,20 @@ def begin_all(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         when the graph was traced.
     """
     known: dict[fx.Node, Any] = dict(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    begun: set[torch.nn.Module] = set()
+    wanted: dict[InductorKind, Sequence[Any]] = {}
     for node in module.graph.nodes:
         source = node.args[0] if node.args else None
         if node.target is torch.ops.aten.slice.Tensor and source in known:
             known[node] = node.target(known[source], *node.args[1:])
         elif node.op == "call_module":
-            form: Any = module.get_submodule(node.target)
-            if isinstance(form, GroupForm) and len(form.candidates) == 1:
-                (form,) = form.candidates.values()
-            graph = form.common if isinstance(form, InductorWidths) else form
-            if isinstance(graph, InductorKind) and graph not in begun:
-                begun.add(graph)
-                graph.begin([known.get(operand) for operand in node.args])
+            want(module.get_submodule(node.target), [known.get(operand) for operand in node.args], wanted)
+    compile_all(wanted)
+
+
+def want(run: Any, known: Sequence[Any], wanted: dict[InductorKind, Sequence[Any]]) -> None:
+    """Add the graphs of something that runs groups to those that are to be compiled."""
+    for graph, is_whole in _graphs_of(run):
+        wanted.setdefault(graph, known if is_whole else [None] * graph.operands)
 
 
 @dataclasses.dataclass(frozen=True)
