@@ -24,6 +24,7 @@ from diagpass import pipeline
 from diagpass.capture import dynamo, functional
 from diagpass.capture.marks import attribute_path
 from diagpass.errors import CaptureError, DiagpassWarning
+from diagpass.ir import Schedule
 from diagpass.options import Options
 from diagpass.pipeline import Analysis, Refusal, RunSequentially
 from diagpass.report import Report, make_report
@@ -42,6 +43,12 @@ class FoundCounters(Exception):
     def __init__(self, sources: set[str]) -> None:
         super().__init__(", ".join(sorted(sources)))
         self.sources = sources
+
+
+_OVERWRITTEN = (
+    "gradients are recorded, and state that is written in place overwrites what they need; "
+    "call it under torch.no_grad() if none are wanted"
+)
 
 
 class OnlyAnalysed(Exception):
@@ -170,16 +177,21 @@ class Session:
     def _functionalize(
         self, gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Callable[..., Any]]
     ) -> Callable[..., Any]:
-        """Functionalise, without gradients where autograd itself has none to give."""
+        """Functionalise; if the gradients of all results together cannot be had, who knows which are wanted?
+
+        Raises
+        ------
+        RunSequentially
+            What backward would need is written in place. The model as it stands has those gradients that do
+            not need it, and autograd's error for the others.
+        """
         inference = functools.partial(lower, inference=True)
         try:
             return functional.functionalize(gm, inputs, lower, inference)
         except RuntimeError as error:
             if not torch.is_grad_enabled() or "modified by an inplace operation" not in str(error):
                 raise
-        log.info("planned without gradients: state written in place overwrites what backward would need")
-        with torch.no_grad():
-            return torch.no_grad()(functional.functionalize(gm, inputs, lower, inference))
+        raise RunSequentially(Analysis(None, Schedule(()), None, Refusal(_OVERWRITTEN)))
 
     def refuse(self, refusal: Refusal | None) -> None:
         """Warn, or raise in strict mode, that the model runs sequentially."""

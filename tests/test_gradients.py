@@ -73,3 +73,94 @@ def test_parameters_stay_leaves_that_an_optimizer_accepts() -> None:
         assert isinstance(parameter, nn.Parameter), name
         assert parameter.is_leaf and parameter.requires_grad, name
     torch.optim.AdamW(fast.parameters())
+
+
+class Flagged(nn.Module):
+    """A flag flips in place after each segment; what is logged of a segment would need it as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+        self.register_buffer("flag", torch.zeros(1, dtype=torch.bool))
+        self.logged: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = []
+        states = [x.new_zeros(x.shape[0], 1, 4) for _ in self.layers]
+        for h in x.split(3, 1):
+            for at, layer in enumerate(self.layers):
+                h = h + torch.tanh(layer(h + states[at]))
+                states[at] = (states[at] + h.mean(1, keepdim=True)) / 2
+            self.logged = torch.where(self.flag, h, 2 * h).mean()
+            self.flag[0] = ~self.flag[0]
+            outs.append(h)
+        return torch.cat(outs, 1)
+
+
+def test_gradients_of_some_results_where_others_have_none() -> None:
+    """Backward through all results fails, through those that are wanted it does not: so it runs as it is."""
+    plain = Flagged()
+    model = copy.deepcopy(plain)
+    fast = diagpass.transform(model, options={**forced(), "loop": "flat"})
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    expected = plain(x)
+    expected.sum().backward()
+    with pytest.warns(
+        diagpass.DiagpassWarning, match="overwrites what they need; call it under torch.no_grad"
+    ):
+        got = fast(x)
+    got.sum().backward()
+    assert fast.report.ran == "sequential"
+    assert torch.equal(got, expected)
+    for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, its.grad)
+    with torch.no_grad():
+        assert distance(fast(x), plain(x)) <= 1e-12
+        assert fast.report.ran == "wavefront"
+    strict = diagpass.transform(copy.deepcopy(plain), strict=True, options={**forced(), "loop": "flat"})
+    with pytest.raises(diagpass.SequentialError, match="gradients are recorded"):
+        strict(x)
+
+
+class Normed(nn.Module):
+    """Batch norm over a transposed view: its result lies otherwise than it is said to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.memory: Tensor | None = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        memory = h.new_zeros(h.shape[0], 1, 4) if self.memory is None else self.memory
+        out = torch.tanh(self.linear(h + memory))
+        self.memory = (memory + out.mean(1, keepdim=True)) / 2
+        return self.norm((h + out).transpose(1, 2)).transpose(1, 2)
+
+
+class NormedStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Normed() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = []
+        for segment in x.split(3, 1):
+            for layer in self.layers:
+                segment = layer(segment)
+            outs.append(segment)
+        return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_results_that_lie_otherwise_than_they_were_traced(training: bool) -> None:
+    plain = NormedStack().double().train(training)
+    model = copy.deepcopy(plain)
+    fast = diagpass.transform(model, options={**forced(), "loop": "flat"})
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    for run in (plain, fast):
+        run(x).pow(3).sum().backward()
+    assert fast.report.ran == "wavefront"
+    for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
+        assert distance(mine.grad, its.grad) <= 1e-9
+    for mine, its in zip(model.buffers(), plain.buffers(), strict=True):
+        assert distance(mine, its) <= 1e-12

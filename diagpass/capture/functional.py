@@ -72,6 +72,11 @@ def _by_aot_autograd(
         return make_boxed_func(inference(graph, fake_inputs, _written()))
 
     def backward(graph: fx.GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for view in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            # A kernel may lay its result out otherwise than its fake one is (batch norm of a transposed
+            # input does): what could be viewed in the trace is copied then.
+            view.target = torch.ops.aten.reshape.default
+        graph.recompile()
         return make_boxed_func(graph.forward)
 
     compile_functional = aot_autograd(
