@@ -114,6 +114,9 @@ class Session:
                 f"backward() inside the model leaves gradients, perhaps on {attribute_path(owner)}; compute "
                 "them with torch.autograd.grad, which leaves nothing behind"
             )
+        lost = dynamo.lost_write()
+        if lost is not None:
+            raise CaptureError(lost)
         if self.restart_for_counters:
             fresh = dynamo.counters() - self.symbols
             if fresh:

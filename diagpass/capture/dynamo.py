@@ -20,6 +20,7 @@ import torch._dynamo.config
 import torch.fx as fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.functions import BaseUserFunctionVariable
 from torch._dynamo.variables.tensor import (
     NumpyNdarrayVariable,
     SymNodeVariable,
@@ -27,7 +28,7 @@ from torch._dynamo.variables.tensor import (
 )
 from torch.torch_version import TorchVersion
 
-from diagpass.capture.marks import spoken
+from diagpass.capture.marks import attribute_path, spoken
 from diagpass.capture.stances import answering
 
 _TRACES_GRADIENTS = TorchVersion(torch.__version__) >= TorchVersion("2.13")
@@ -169,6 +170,45 @@ def accumulated_gradient(gm: fx.GraphModule) -> str | None:
             with contextlib.suppress(NotImplementedError):  # made inside the frame
                 return source_name(variable.source)
     return None
+
+
+def lost_write() -> str | None:
+    """What to say of an attribute whose last value the captured frame does not leave behind, or None.
+
+    Dynamo (seen in torch 2.13 and 2.14) goes on with a copy of its table of side effects after each operator
+    that has a function of its own (``cond``, ``flex_attention``, a hook on a tensor). Objects whose
+    ``__dict__`` it has looked at before write to the old table, where nobody reads. Only meaningful inside a
+    backend call.
+    """
+    try:
+        effects = InstructionTranslator.current_tx().output.side_effects
+    except (AttributeError, LookupError):
+        return None
+    tables = [effects]
+    for table in tables:
+        for variable in [*table.id_to_variable.values(), *table.store_attr_mutations]:
+            items = getattr(getattr(variable, "dict_vt", None), "items", None)
+            written: Any = getattr(items, "side_effects", effects)
+            if written is effects or isinstance(variable, BaseUserFunctionVariable):
+                continue
+            if all(written is not each for each in tables):
+                tables.append(written)
+            owner = getattr(items, "item", None)
+            read = effects.store_attr_mutations.get(owner, {})
+            for name, value in written.store_attr_mutations.get(owner, {}).items():
+                if read.get(name) is not value:
+                    return (
+                        f"TorchDynamo loses what {_named(variable)}.{name} is set to after a control flow "
+                        "operator, flex_attention or a hook on a tensor; register it as a buffer"
+                    )
+    return None
+
+
+def _named(variable: VariableTracker) -> str:
+    with contextlib.suppress(NotImplementedError):  # made inside the frame
+        if variable.source is not None:
+            return attribute_path(source_name(variable.source))
+    return "an object made inside"
 
 
 def made_numbers() -> str | None:

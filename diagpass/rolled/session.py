@@ -145,6 +145,9 @@ class StepSession:
                 f"backward() inside leaves gradients, perhaps on {attribute_path(owner)}; compute them with "
                 "torch.autograd.grad, which leaves nothing behind"
             )
+        lost = dynamo.lost_write()
+        if lost is not None:
+            return lost
         number = dynamo.made_numbers()
         if number is not None:
             return f"{number}, which is read before its value is there; keep it in a tensor"
