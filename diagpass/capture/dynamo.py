@@ -193,7 +193,7 @@ def lost_write() -> str | None:
                 continue
             if all(written is not each for each in tables):
                 tables.append(written)
-            owner = getattr(items, "item", None)
+            owner: Any = getattr(items, "item", None)
             read = effects.store_attr_mutations.get(owner, {})
             for name, value in written.store_attr_mutations.get(owner, {}).items():
                 if read.get(name) is not value:
