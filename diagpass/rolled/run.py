@@ -629,11 +629,10 @@ class Run:
             self.kinds.refresh()
             self._fresh = True
         with as_captured():
-            if not self.dry and self.kinds.compiles_ahead:
+            direct = None if self.dry else runner(self.kinds, self.max_width)
+            if isinstance(direct, Direct) and self.kinds.compiles_ahead:
                 waves = (self._waves.get(wave, []) for wave in range(self._done + 1, last + 1))
-                Direct(self.kinds).begin(
-                    self.programs, [part for cells in waves for part in self._parts(cells)]
-                )
+                direct.begin(self.programs, [part for cells in waves for part in self._parts(cells)])
             while self._done < last:
                 self._done += 1
                 cells = self._waves.pop(self._done, [])
