@@ -84,13 +84,14 @@ extern "C" void kernel(float* nothing) {}
 """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Begun:
-    """Lowered in so many seconds, and what then waits for its kernels."""
+    """Lowered in so many seconds, and what then waits for its kernels, unless that has been done."""
 
     compiled: Any
     waits: Waits
     seconds: float
+    is_finished: bool = False
 
 
 class InductorKind(torch.nn.Module):
@@ -163,12 +164,13 @@ class InductorKind(torch.nn.Module):
 
     def finish(self) -> None:
         """Wait for what was begun."""
-        if self._ahead is None or not self._ahead.waits:
+        if self._ahead is None or self._ahead.is_finished:
             return
         begin = time.perf_counter()
+        self._ahead.is_finished = True
         try:
-            while self._ahead.waits:
-                self._ahead.waits.pop(0)()
+            for wait in self._ahead.waits:
+                wait()
         except Exception as error:
             log.info("%s: not compiled ahead (%s: %s)", self.name, type(error).__name__, error)
             self._ahead = None
