@@ -34,7 +34,7 @@ from diagpass.lowering.weights import WeightPlan, plan_weights, split_groups
 from diagpass.options import Options
 from diagpass.runtime.clock import current
 from diagpass.runtime.compiled import InductorKind
-from diagpass.runtime.forms import Forms, Traced, begin_all, number_in_turn
+from diagpass.runtime.forms import Forms, Traced, compile_ahead, number_in_turn
 from diagpass.runtime.graphed import graphed
 from diagpass.runtime.stacks import ALIGNMENT, WeightStacks
 from diagpass.runtime.timed import TimedWaves
@@ -273,7 +273,7 @@ def lower(
         inputs = (*args, *stacks(args))
         if not begun:
             begun = True
-            begin_all(emitted.module, inputs)
+            compile_ahead(emitted.module, inputs)
         clock = current()
         if clock is None:
             return run(*inputs)

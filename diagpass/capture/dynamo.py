@@ -187,7 +187,9 @@ def lost_write() -> str | None:
     tables = [effects]
     for table in tables:
         for variable in [*table.id_to_variable.values(), *table.store_attr_mutations]:
-            items = getattr(getattr(variable, "dict_vt", None), "items", None)
+            items = getattr(
+                vars(variable).get("dict_vt"), "items", None
+            )  # getattr may make Dynamo trace more
             written: Any = getattr(items, "side_effects", effects)
             if written is effects or isinstance(variable, BaseUserFunctionVariable):
                 continue

@@ -107,7 +107,7 @@ class Kinds:
         The kinds over them.
     device
         Where they run; the CPU if on several devices.
-    begun
+    compiled_for
         For which programs and waves graphs were compiled ahead.
     """
 
@@ -117,7 +117,7 @@ class Kinds:
         self.kinds: tuple[Kind, ...] = ()
         self.device = torch.device("cpu")
         self.notes: dict[str, None] = {}
-        self.begun: set[Hashable] = set()
+        self.compiled_for: set[Hashable] = set()
         self._place: list[tuple[Kind, int]] = []
         self._keys: dict[int, int] = {}
         self._key_numbers: dict[tuple, int] = {}
@@ -176,7 +176,7 @@ class Kinds:
             self.cells, self._weights_of = [], {}
             self._numbers, self._objects, self._by_id, self._boxes = {}, [], {}, {}
             self._fixed_boxes = set()
-            self.begun = set()
+            self.compiled_for = set()
         self._weights_of[program] = list(weights)
         placeholders = (
             node

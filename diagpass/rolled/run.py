@@ -629,10 +629,12 @@ class Run:
             self.kinds.refresh()
             self._fresh = True
         with as_captured():
-            direct = None if self.dry else runner(self.kinds, self.max_width)
-            if isinstance(direct, Direct) and self.kinds.compiles_ahead:
-                waves = (self._waves.get(wave, []) for wave in range(self._done + 1, last + 1))
-                direct.begin(self.programs, [part for cells in waves for part in self._parts(cells)])
+            if self.kinds.compiles_ahead and not self.dry:
+                direct = runner(self.kinds, self.max_width)
+                if isinstance(direct, Direct):
+                    waves = (self._waves.get(wave, []) for wave in range(self._done + 1, last + 1))
+                    parts = [part for cells in waves for part in self._parts(cells)]
+                    direct.compile_ahead(self.programs, parts)
             while self._done < last:
                 self._done += 1
                 cells = self._waves.pop(self._done, [])

@@ -66,24 +66,24 @@ class Direct:
         """Run cells that do not depend on each other; how many of them ran batched."""
         return sum(self.timed(kind, part, members) for kind, part, members in self._groups(cells))
 
-    def begin(self, programs: Iterable[StepProgram], waves: Iterable[Sequence[PendingCell]]) -> None:
+    def compile_ahead(self, programs: Iterable[StepProgram], waves: Iterable[Sequence[PendingCell]]) -> None:
         """Have all graphs compiled that are needed, one while the next is lowered, where that is new.
 
         All are there when it returns: forms are timed when they first run, with nothing beside them.
         """
         wanted: dict[InductorKind, Sequence[Any]] = {}
         for program in programs:
-            if program in self.kinds.begun:
+            if program in self.kinds.compiled_for:
                 continue
-            self.kinds.begun.add(program)
+            self.kinds.compiled_for.add(program)
             for unit in program.units:
                 if isinstance(unit, Lump):
                     want(self.kinds.glue(unit.module, unit.key), [None] * len(unit.inputs), wanted)
         for cells in waves:
             numbers = tuple(cell.number for cell in cells)
-            if numbers in self.kinds.begun:
+            if numbers in self.kinds.compiled_for:
                 continue
-            self.kinds.begun.add(numbers)
+            self.kinds.compiled_for.add(numbers)
             for kind, part, members in self._groups(cells):
                 operands, shared = self._operands(kind, part, members, ahead=True)
                 form = None if operands is None else self.kinds.form(kind, len(part), shared)

@@ -1,8 +1,8 @@
 """Several graphs compiled by Inductor for the CPU, its compiler working on one while the next is lowered.
 
 Inductor lowers a graph to C++ in this process, has the kernels compiled by others, and waits for them.
-Before the first call of a plan runs anything, its graphs are all lowered, and only then is waited for the
-kernels of each, when it is needed. The kernels of a graph are compiled together
+Here the graphs of a plan, or of the first waves of recorded segments, are all lowered before anything runs,
+and only then is waited for the kernels of each. The kernels of a graph are compiled together
 (:mod:`diagpass.runtime.together`), which is all that is gained without a pool of compilers
 (``TORCHINDUCTOR_COMPILE_THREADS=1``), and for a graph that is compiled when it is first called.
 """

@@ -44,7 +44,7 @@ PRODUCT_BUDGET = 0.02  # and for the ways of a product
 MOST_BYTES = 2**28  # of a product's operands and result; larger ones stay batched
 HOPELESS = 1.0  # times as long for its products one by one: more, and the single cell is not even compiled
 
-__all__ = ["Forms", "GroupForm", "begin_all", "is_measured", "number_in_turn", "want"]
+__all__ = ["Forms", "GroupForm", "compile_ahead", "is_measured", "number_in_turn", "want"]
 
 
 def is_measured(options: Options, device: torch.device) -> bool:
@@ -262,7 +262,7 @@ def _graphs_of(run: Any) -> Iterator[tuple[InductorKind, bool]]:
             yield graph, not alone
 
 
-def begin_all(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+def compile_ahead(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Have the graphs compiled that a program calls, one while the next is lowered.
 
     All are there when it returns: forms are timed when they first run, with nothing beside them.
