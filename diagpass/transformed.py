@@ -35,7 +35,6 @@ from diagpass.pipeline import Analysis, Refusal
 from diagpass.report import Report, make_report
 from diagpass.stages import say
 from diagpass.state import Snapshot
-from diagpass.uncollected import uncollected
 from diagpass.verify import Reference
 
 log = logging.getLogger(__name__)
@@ -164,7 +163,7 @@ def call_entry(
                 contextlib.nullcontext() if is_set else dynamo.settings(session.symbols, session.answers)
             )
             is_set = False  # a capture that is tried again has other symbols
-            collecting = contextlib.nullcontext() if session.captures else uncollected()
+            collecting = contextlib.nullcontext() if session.captures else dynamo.capturing()
             with settings, collecting, _disable_current_modes() as modes:
                 session.modes = list(modes)
                 return entry(*args, **kwargs)

@@ -1,8 +1,8 @@
 """Python -> FX graph: how Dynamo is called, and what it says when it cannot.
 
 ``settings`` are the Dynamo options under which our captures are sound (hooks are guarded) and stable
-(counters do not recompile). ``counters`` finds Python counters while a capture is under way, so that it
-can be started anew with them as symbols.
+(counters do not recompile). ``capturing`` spares a capture what it can do without. ``counters`` finds
+Python counters while a capture is under way, so that it can be started anew with them as symbols.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from torch._dynamo.variables.tensor import (
 )
 from torch.torch_version import TorchVersion
 
+from diagpass.capture.fakes import known_results
+from diagpass.capture.lines import plain_lines
 from diagpass.capture.marks import attribute_path, spoken
 from diagpass.capture.stances import answering
+from diagpass.uncollected import uncollected
 
 _TRACES_GRADIENTS = TorchVersion(torch.__version__) >= TorchVersion("2.13")
 MANY = 1 << 16  # plans are bounded by their own cache, not by Dynamo's limit of 8
@@ -62,6 +65,13 @@ def settings(symbols: Collection[str] = (), answers: bool = False) -> Iterator[N
             stack.enter_context(answering())
         yield
     free.append(patches)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Around what Dynamo may capture: what it does again and again is done once, and garbage waits."""
+    with uncollected(), plain_lines(), known_results():
+        yield
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,11 +26,11 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from diagpass.capture.plain import constant, is_plain
 from diagpass.capture.record import graph_of
 
 __all__ = ["Expanded", "Unsure", "expand"]
 
-_FUNCTIONS: Any = getattr(torch._C, "_VariableFunctions")  # noqa: B009  the operations of torch's namespace
 _TENSOR = object()  # stands for a tensor among results
 _KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")  # of Dynamo's record of a call
 
@@ -203,7 +203,7 @@ class _Expansion:
         if node.op not in ("call_function", "call_method"):
             raise Unsure(f"{node.op} {node.target}")
         writes = _writes(node)
-        if not writes and not _is_plain(node):
+        if not writes and not is_plain(node):
             raise Unsure(f"{node.target} in the graph")
         objects: Any = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
         given: Any = fx.map_arg(objects, self._latest)
@@ -211,7 +211,7 @@ class _Expansion:
         tensors = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
         place = {tensor: at for at, tensor in enumerate(tensors)}
         constants = tuple(
-            ("tensor", place[leaf]) if isinstance(leaf, fx.Node) else _constant(leaf) for leaf in leaves
+            ("tensor", place[leaf]) if isinstance(leaf, fx.Node) else constant(leaf) for leaf in leaves
         )
         key: Any = (node.op, node.target, spec, constants, tuple(map(_geometry, tensors)))
         try:
@@ -381,15 +381,6 @@ def _kept(node: fx.Node) -> dict[str, Any]:
     return {name: node.meta[name] for name in _KEPT if name in node.meta}
 
 
-def _constant(leaf: Any) -> Hashable:
-    """A constant argument as a part of a key; 1, 1.0 and True are not the same, nor are 0.0 and -0.0."""
-    if isinstance(leaf, slice):
-        return (slice, *map(_constant, (leaf.start, leaf.stop, leaf.step)))
-    if isinstance(leaf, fx.Node):
-        raise Unsure("a slice between values that the graph computes")
-    return (type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf)
-
-
 def _geometry(node: fx.Node) -> tuple:
     """All of a tensor that the trace of a call may depend on."""
     value = node.meta["val"]
@@ -439,38 +430,10 @@ def _split_off_inputs(graph: fx.Graph, at: int | None) -> fx.Node | None:
     return None if at is None else after[at]
 
 
-def _is_plain(node: fx.Node) -> bool:
-    """Whether a call of Dynamo's computes tensors from its arguments and does nothing else.
-
-    What writes into a tensor is found in the trace; this keeps those calls from being traced that would
-    change a mode, or one of the tensors that Dynamo itself still looks at.
-    """
-    if "out" in node.kwargs:
-        return False
-    if node.op == "call_method" or isinstance(
-        node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-    ):
-        return True
-    if node.target is getattr:
-        return node.args[1] in _ATTRIBUTES
-    name, module = getattr(node.target, "__name__", "_"), getattr(node.target, "__module__", None)
-    if module == operator.add.__module__:
-        return True
-    private = name.startswith("_") and getattr(_FUNCTIONS, name, None) is not node.target
-    return module in _PLAIN_MODULES and not private and not name.endswith("_")
-
-
 _WRITING_OPERATORS = {
     operator.setitem,
     *(vars(operator)[f"i{name}"] for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
     *(vars(operator)[f"i{name}"] for name in ("and", "or", "xor", "lshift", "rshift", "matmul")),
 }
 _ARITHMETIC = {"add", "sub", "mul", "floordiv", "mod", "neg"}
-_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}  # read with getattr
 _WITHOUT_EFFECT = {torch._C._log_api_usage_once}
-_PLAIN_MODULES = {
-    "torch",
-    "torch.functional",
-    "torch.nn.functional",
-    *(f"torch._C.{name}" for name in ("_nn", "_fft", "_linalg", "_special")),
-}

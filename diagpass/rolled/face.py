@@ -62,7 +62,6 @@ from diagpass.transformed import (
     not_captured,
     with_signature,
 )
-from diagpass.uncollected import uncollected
 
 log = logging.getLogger(__name__)
 
@@ -475,13 +474,13 @@ class TransformedLoop(Transformed):
         try:
             with contextlib.nullcontext() if learning else config.patch(error_on_recompile=True):
                 try:
-                    with contextlib.nullcontext() if is_set else uncollected():
+                    with contextlib.nullcontext() if is_set else dynamo.capturing():
                         return call_entry(self._entry, session, args, kwargs, is_set)
                 except CaptureFailed as failed:
                     if self._warmed or run.segments or not dynamo.in_library(failed.__cause__):
                         raise
                     self._warm_up(args, kwargs)
-                    with uncollected():
+                    with dynamo.capturing():
                         return call_entry(self._entry, session, args, kwargs)
         except RecompileError as error:
             raise Conflict(

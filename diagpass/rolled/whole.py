@@ -48,7 +48,6 @@ from diagpass.transformed import (
     is_disabled,
     make_entry,
 )
-from diagpass.uncollected import uncollected
 from diagpass.verify import Reference
 
 log = logging.getLogger(__name__)
@@ -419,7 +418,7 @@ class TransformedModel(Transformed):
         session.run = run
         try:
             watching = contextlib.nullcontext() if learning else config.patch(error_on_recompile=True)
-            with watching, uncollected():
+            with watching, dynamo.capturing():
                 result = call_entry(entry, session, args, kwargs)
         except RecompileError as error:
             raise Conflict(

@@ -12,15 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diagpass.replaced import Replaced
 from diagpass.runtime.together import compile_together
 
 log = logging.getLogger(__name__)
@@ -64,12 +63,6 @@ def _is_static(value: torch.Tensor) -> bool:
     return all(isinstance(size, int) for size in (*value.shape, *value.stride()))
 
 
-_patching = threading.Lock()
-_inside = 0  # threads
-_originals: dict[str, Any] = {}  # Inductor's own methods, while any thread is inside
-_local = threading.local()  # `waits` of this thread, if it is inside
-
-
 @contextlib.contextmanager
 def waiting_later() -> Iterator[Waits]:
     """Inside, Inductor does not wait for the kernels of what this thread compiles.
@@ -80,28 +73,9 @@ def waiting_later() -> Iterator[Waits]:
         What waits, one for each graph compiled; to be called, in this order, before the graph is run. Empty
         where Inductor is another than the one known here: it has waited itself then.
     """
-    global _inside
-    compilers: Any = importlib.import_module("torch._inductor.async_compile").AsyncCompile
-    own = {"wait": _wait, "cpp_pybinding": _cpp_pybinding}
-    if not all(hasattr(compilers, name) for name in own):
-        yield []
-        return
-    with _patching:
-        if not _inside:
-            for name, method in own.items():
-                _originals[name] = getattr(compilers, name)
-                setattr(compilers, name, method)
-        _inside += 1
-    before, _local.waits = getattr(_local, "waits", None), []
-    try:
-        yield _local.waits
-    finally:
-        _local.waits = before
-        with _patching:
-            _inside -= 1
-            if not _inside:
-                for name in own:
-                    setattr(compilers, name, _originals[name])
+    waits: Waits = []
+    with _compilers.inside(waits):
+        yield waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +88,16 @@ class _Kernel:
 
 def _cpp_pybinding(self: Any, argtypes: Sequence[str], source_code: str) -> Any:
     """Stands for ``AsyncCompile.cpp_pybinding`` while any thread is inside."""
-    if getattr(_local, "waits", None) is None:
-        return _originals["cpp_pybinding"](self, argtypes, source_code)
+    if _compilers.state is None:
+        return _compilers.original("cpp_pybinding")(self, argtypes, source_code)
     return _Kernel(argtypes, source_code)
 
 
 def _wait(self: Any, scope: dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """Stands for ``AsyncCompile.wait`` while any thread is inside."""
-    wait = functools.partial(_originals["wait"], self, scope, *args, **kwargs)
-    apart = functools.partial(_originals["cpp_pybinding"], self)
-    waits = getattr(_local, "waits", None)
+    wait = functools.partial(_compilers.original("wait"), self, scope, *args, **kwargs)
+    apart = functools.partial(_compilers.original("cpp_pybinding"), self)
+    waits = _compilers.state
     if waits is None or scope.get("async_compile") is not self:  # no module of kernels: tuning, say
         wait()
         return
@@ -146,3 +120,8 @@ def _wait(self: Any, scope: dict[str, Any], *args: Any, **kwargs: Any) -> None:
 
 def _raise(error: Exception) -> Any:
     raise error
+
+
+_compilers: Replaced[Waits] = Replaced(
+    "torch._inductor.async_compile", "AsyncCompile", {"wait": _wait, "cpp_pybinding": _cpp_pybinding}
+)
