@@ -85,12 +85,17 @@ def branches(x: Tensor, w: Tensor) -> list[Tensor]:
     return [torch.cond(x.sum() > 0, lambda h: h @ w, lambda h: h.sin(), (x,)), x @ w]
 
 
+def elsewhere(x: Tensor, w: Tensor) -> list[Tensor]:
+    h = x.to("meta")
+    return [h, h + 1, h.transpose(0, 1)]
+
+
 def random(x: Tensor, w: Tensor) -> list[Tensor]:
     return [torch.rand_like(x), F.dropout(x, 0.5), torch.randn(3), torch.bernoulli(x.sigmoid())]
 
 
 FUNCTIONS = [products, views, itself, several, other_types, other_numbers, written, statistics, automatic]
-FUNCTIONS += [shared, attention, mapped, branches, random]
+FUNCTIONS += [shared, attention, mapped, branches, elsewhere, random]
 
 
 def captured(function: Callable[..., list[Tensor]], *inputs: Tensor, known: bool) -> fx.GraphModule:

@@ -26,7 +26,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from diagpass.capture.plain import constant, is_plain
+from diagpass.capture.plain import constant, is_plain, writes
 from diagpass.capture.record import graph_of
 
 __all__ = ["Expanded", "Unsure", "expand"]
@@ -202,8 +202,8 @@ class _Expansion:
     def _call(self, node: fx.Node) -> Any:
         if node.op not in ("call_function", "call_method"):
             raise Unsure(f"{node.op} {node.target}")
-        writes = _writes(node)
-        if not writes and not is_plain(node):
+        writing = writes(node)
+        if not writing and not is_plain(node):
             raise Unsure(f"{node.target} in the graph")
         objects: Any = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
         given: Any = fx.map_arg(objects, self._latest)
@@ -221,9 +221,9 @@ class _Expansion:
         if trace is None and not any(isinstance(t.meta["val"], torch.Tensor) for t in tensors) and tensors:
             return self._number(node, given)
         if trace is None:
-            trace = self._traces[key] = self._trace(node, leaves, spec, tensors, writes)
+            trace = self._traces[key] = self._trace(node, leaves, spec, tensors, writing)
         new = self._copy(trace, tensors, node)
-        if not writes:
+        if not writing:
             return fx.map_arg(trace.result, new.__getitem__)
         if trace.written is None or not isinstance(objects[0][0], fx.Node):
             raise Unsure(f"{node.target} writes elsewhere")
@@ -259,7 +259,7 @@ class _Expansion:
         return made
 
     def _trace(
-        self, node: fx.Node, leaves: list[Any], spec: Any, tensors: list[fx.Node], writes: bool
+        self, node: fx.Node, leaves: list[Any], spec: Any, tensors: list[fx.Node], writing: bool
     ) -> _Trace:
         results: list[Any] = []
         operation: Any = node.target
@@ -273,7 +273,7 @@ class _Expansion:
             else:
                 result = operation(*args, **kwargs)
             flat, result_spec = pytree.tree_flatten(result)
-            if not writes and not any(isinstance(leaf, torch.Tensor) for leaf in flat):
+            if not writing and not any(isinstance(leaf, torch.Tensor) for leaf in flat):
                 raise Unsure(f"{node.target} has no tensor as its result")
             results[:] = result_spec, [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
             return [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
@@ -285,10 +285,10 @@ class _Expansion:
         values = [tensor.meta["val"] for tensor in tensors]
         written: fx.Node | None = None
         try:
-            graph = None if writes else graph_of(call, values).graph
+            graph = None if writing else graph_of(call, values).graph
             if graph is None or any(map(_is_mutable, graph.nodes)):  # or writes into what it made itself
                 graph = make_fx(dispatch_functionalize(with_inputs, FunctionalTensorMode()))(*values).graph
-                written = _split_off_inputs(graph, tensors.index(leaves[0]) if writes else None)
+                written = _split_off_inputs(graph, tensors.index(leaves[0]) if writing else None)
         except Unsure:
             raise
         except Exception as error:  # whatever is wrong with it, AOTAutograd is to say
@@ -400,13 +400,6 @@ def _storage(value: torch.Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def _writes(node: fx.Node) -> bool:
-    """Whether a call of Dynamo's is one that writes into its first argument."""
-    if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    return node.target in _WRITING_OPERATORS
-
-
 def _is_mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
@@ -430,10 +423,5 @@ def _split_off_inputs(graph: fx.Graph, at: int | None) -> fx.Node | None:
     return None if at is None else after[at]
 
 
-_WRITING_OPERATORS = {
-    operator.setitem,
-    *(vars(operator)[f"i{name}"] for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
-    *(vars(operator)[f"i{name}"] for name in ("and", "or", "xor", "lshift", "rshift", "matmul")),
-}
 _ARITHMETIC = {"add", "sub", "mul", "floordiv", "mod", "neg"}
 _WITHOUT_EFFECT = {torch._C._log_api_usage_once}

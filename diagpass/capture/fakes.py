@@ -142,6 +142,7 @@ def _is_ordinary(value: torch.Tensor) -> bool:
         and value.constant is None
         and getattr(value, "real_tensor", None) is None
         and value.layout is torch.strided
+        and value.device.type != "meta"
         and not (value.is_conj() or value.is_neg() or value.is_quantized or value.is_nested)
         and all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset()))
     )

@@ -1,4 +1,4 @@
-"""Which calls of a captured graph compute tensors and do nothing else, and when two are the same."""
+"""Calls in a captured graph: which compute tensors and do nothing else, which write, which are the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-__all__ = ["constant", "is_plain"]
+__all__ = ["constant", "is_plain", "writes"]
 
 _FUNCTIONS: Any = getattr(torch._C, "_VariableFunctions")  # noqa: B009  the operations of torch's namespace
 _PLAIN_MODULES = {
@@ -19,6 +19,12 @@ _PLAIN_MODULES = {
     *(f"torch._C.{name}" for name in ("_nn", "_fft", "_linalg", "_special")),
 }
 _ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}  # read with getattr
+
+_WRITING_OPERATORS = {
+    operator.setitem,
+    *(vars(operator)[f"i{name}"] for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
+    *(vars(operator)[f"i{name}"] for name in ("and", "or", "xor", "lshift", "rshift", "matmul")),
+}
 
 
 def is_plain(node: fx.Node) -> bool:
@@ -40,6 +46,13 @@ def is_plain(node: fx.Node) -> bool:
         return True
     private = name.startswith("_") and getattr(_FUNCTIONS, name, None) is not node.target
     return module in _PLAIN_MODULES and not private and not name.endswith("_")
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call of Dynamo's is one that writes into its first argument."""
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    return node.target in _WRITING_OPERATORS
 
 
 def constant(leaf: Any) -> Hashable:
