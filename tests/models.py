@@ -1052,6 +1052,41 @@ def shared_module() -> nn.Module:
     return SharedLoop(as_list=False)
 
 
+class SharedStep(nn.Module):
+    """One segment: the same module L times, its memories in a list of the step's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Mix()
+        self.memories: list[Tensor] | None = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        before = self.memories or [h.new_zeros(h.shape[0], D) for _ in range(L)]
+        self.memories = []
+        for memory in before:
+            h, memory = self.body(h, memory)
+            self.memories.append(memory)
+        return h
+
+
+class SharedStepLoop(nn.Module):
+    """Calls a module for each segment, which calls one layer L times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.head = SharedStep(), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step.memories = None
+        return torch.cat([self.head(self.step(segment)) for segment in x.split(T, 1)], 1)
+
+
+@zoo("shared_module_in_a_step", **COMMON, kinds=1)
+def shared_module_in_a_step() -> nn.Module:
+    """The module that runs a segment is called again and again, and the layer inside more often."""
+    return SharedStepLoop()
+
+
 @zoo("tied_linears", **COMMON, kinds=2)
 def tied_linears() -> nn.Module:
     """Layers that share one of their weight matrices and nothing else."""

@@ -88,16 +88,20 @@ def _matching(calls: dict[fx.Node, tuple[Call, ...]], globs: Sequence[str]) -> P
 
 
 def _repeated_alone(calls: dict[fx.Node, tuple[Call, ...]]) -> Iterator[Proposal]:
-    """One module called again and again, each call reading the call before: a shared layer."""
+    """One module called again and again, each call reading the call before: a shared layer.
+
+    Modules further in follow that are called more often: the shared layer of a module for a segment, say.
+    """
     by_path: dict[str, dict[fx.Node, Call]] = {}
     for node, stack in calls.items():
         for call in stack:
             by_path.setdefault(call.path, {})[node] = call
+    most = 1
     for nodes in by_path.values():
         counts = {call.count for call in nodes.values()}
-        if len(counts) >= 2 and _feeds_itself(nodes):
+        if len(counts) > most and _feeds_itself(nodes):
+            most = len(counts)
             yield dict(nodes)
-            return
 
 
 def _feeds_itself(nodes: dict[fx.Node, Call]) -> bool:
