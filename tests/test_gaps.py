@@ -176,3 +176,25 @@ def test_one_sequence_has_no_gaps(caplog: pytest.LogCaptureFixture) -> None:
     with torch.no_grad(), caplog.at_level(logging.INFO, "diagpass.capture.gaps"):
         assert len(agree(model, torch.randn(1, 32, 16)).kinds) == 1
     assert not caplog.records
+
+
+class Attends(Cell):
+    """Begins with a product of the segment by itself, and splits its heads: neither copies it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = (x @ x.mT).softmax(-1)
+        heads = x.reshape(*x.shape[:2], 4, 4).sum(2).mean((1, 2))
+        return (
+            scores @ x
+            + torch.einsum("bsd,btd->bst", x, x).mean()
+            + heads[:, None, None]
+            + self.state[:, None]
+        )
+
+
+def test_products_that_read_it_where_it_lies(caplog: pytest.LogCaptureFixture) -> None:
+    model = Stack()
+    model.layers = nn.ModuleList(Attends(16) for _ in range(3))
+    with torch.no_grad(), caplog.at_level(logging.INFO, "diagpass.capture.gaps"):
+        agree(model, torch.randn(3, 32, 16))
+    assert not caplog.records

@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 __all__ = ["without_gaps"]
 
-_COPYING = {"linear", "matmul", "__matmul__", "reshape", "flatten", "einsum"}  # what has gaps
 _BY_STRIDE = {"as_strided", "as_strided_"}
 
 
@@ -93,7 +92,14 @@ def _has_gaps(value: Any) -> bool:
 def _copies(user: fx.Node, node: fx.Node) -> bool:
     """Whether an operation that is given a tensor with gaps copies it first."""
     name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-    return (name in _COPYING and user.args[:1] == (node,)) or name == "einsum"
+    if name in ("reshape", "flatten"):
+        result = user.meta.get("example_value")
+        return isinstance(result, FakeTensor) and _memory(result) != _memory(node.meta["example_value"])
+    if name in ("matmul", "__matmul__", "einsum"):  # by a matrix; a batch of them is multiplied where it lies
+        others = [given.meta.get("example_value") for given in user.all_input_nodes if given is not node]
+        matrices = [isinstance(other, torch.Tensor) and other.dim() <= 2 for other in others]
+        return bool(matrices) and all(matrices)
+    return name == "linear" and user.args[:1] == (node,)
 
 
 def _only_read(graph: fx.Graph) -> set[int]:
