@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._dynamo.output_graph import SubgraphTracer
+from torch.torch_version import TorchVersion
 
 from diagpass.capture import dynamo, fakes
 from diagpass.capture.marks import source_line
@@ -85,6 +87,18 @@ def branches(x: Tensor, w: Tensor) -> list[Tensor]:
     return [torch.cond(x.sum() > 0, lambda h: h @ w, lambda h: h.sin(), (x,)), x @ w]
 
 
+def needs_gradients(x: Tensor, w: Tensor) -> list[Tensor]:
+    with torch.enable_grad():
+        h = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad((h @ w * 2).square().sum(), h)
+    return [gradient, h.detach() * 2]
+
+
+def numbers(x: Tensor, w: Tensor) -> list[Tensor]:
+    number = torch.tensor(2.0, dtype=torch.float64)
+    return [x * number, x * torch.full((1,), 2.0, dtype=torch.float64), x.sum() * number, number * 2]
+
+
 def elsewhere(x: Tensor, w: Tensor) -> list[Tensor]:
     h = x.to("meta")
     return [h, h + 1, h.transpose(0, 1)]
@@ -94,8 +108,21 @@ def random(x: Tensor, w: Tensor) -> list[Tensor]:
     return [torch.rand_like(x), F.dropout(x, 0.5), torch.randn(3), torch.bernoulli(x.sigmoid())]
 
 
-FUNCTIONS = [products, views, itself, several, other_types, other_numbers, written, statistics, automatic]
-FUNCTIONS += [shared, attention, mapped, branches, elsewhere, random]
+FUNCTIONS: list[Any] = [
+    products,
+    views,
+    itself,
+    several,
+    other_types,
+    other_numbers,
+    written,
+    statistics,
+    automatic,
+]
+FUNCTIONS += [shared, attention, mapped, branches, numbers, elsewhere, random]
+
+if TorchVersion(torch.__version__) >= TorchVersion("2.13"):  # before, Dynamo does not trace gradients
+    FUNCTIONS.append(needs_gradients)
 
 
 def captured(function: Callable[..., list[Tensor]], *inputs: Tensor, known: bool) -> fx.GraphModule:
@@ -111,10 +138,7 @@ def captured(function: Callable[..., list[Tensor]], *inputs: Tensor, known: bool
 
     torch._dynamo.reset()
     compiled = torch.compile(thrice, backend=backend, fullgraph=True, dynamic=False)
-    if known:
-        with dynamo.capturing():
-            compiled(*inputs)
-    else:
+    with dynamo.settings(), dynamo.capturing() if known else contextlib.nullcontext():
         compiled(*inputs)
     return graphs[0]
 

@@ -24,7 +24,7 @@ from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.autograd import forward_ad
 
-from diagpass.capture.plain import constant, is_plain
+from diagpass.capture.plain import constant, is_plain, writes
 from diagpass.replaced import Replaced
 
 __all__ = ["known_results"]
@@ -69,7 +69,7 @@ def _run_node(tracer: Any, node: fx.Node, args: Any, kwargs: Any, nnmodule: Any)
     """Stands for Dynamo's ``run_node``."""
     run = _runner.original("run_node")
     known = _runner.state
-    if known is None or not is_plain(node) or not _is_usual(tracer):
+    if known is None or writes(node) or not is_plain(node) or not _is_usual(tracer):
         return run(tracer, node, args, kwargs, nnmodule)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}.values())
@@ -143,6 +143,7 @@ def _is_ordinary(value: torch.Tensor) -> bool:
         and getattr(value, "real_tensor", None) is None
         and value.layout is torch.strided
         and value.device.type != "meta"
+        and value.dim() > 0  # one number may be promoted otherwise than another
         and not (value.is_conj() or value.is_neg() or value.is_quantized or value.is_nested)
         and all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset()))
     )
