@@ -23,7 +23,6 @@ from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
 
 from diagpass.capture.expand import Expanded, Unsure, expand
-from diagpass.capture.gaps import without_gaps
 from diagpass.stages import stage
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,6 @@ def functionalize(
         Takes ``gm``'s inputs, returns its outputs; copies mutated inputs back after the program ran
         through, so that a failure midway leaves them as they were.
     """
-    gm = without_gaps(gm)
     expanded = _expanded(gm, inputs)
     if expanded is not None and not _shares_memory_with_inputs(expanded):
         with _as_compiled():
@@ -129,7 +127,6 @@ def inference_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Functional | N
     ValueError
         There is nothing to compute.
     """
-    gm = without_gaps(gm)
     with torch.no_grad():
         expanded = _expanded(gm, inputs)
         if expanded is not None:
