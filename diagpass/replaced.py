@@ -1,4 +1,4 @@
-"""Methods of a class of torch's that are others for a while, for the threads that asked for it."""
+"""Methods of a class of torch's, or functions of a module, that are others for a while, in some threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Replaced(Generic[State]):
     Parameters
     ----------
     module, owner
-        The class: names, because it is looked for when it is needed.
+        The class, or the module: names, because it is looked for when it is needed.
     methods
         What stands for which method. Each calls :meth:`original` where :attr:`state` is None.
     """
@@ -47,7 +47,7 @@ class Replaced(Generic[State]):
         Yields
         ------
         bool
-            Whether they are replaced. Not where the class is another than the one known here.
+            Whether they are replaced. Not where torch is another than the one known here.
         """
         owner: Any = getattr(importlib.import_module(self._module), self._owner, None)
         if not all(hasattr(owner, name) for name in self._methods):

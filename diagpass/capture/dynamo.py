@@ -197,9 +197,8 @@ def lost_write() -> str | None:
     tables = [effects]
     for table in tables:
         for variable in [*table.id_to_variable.values(), *table.store_attr_mutations]:
-            items = getattr(
-                vars(variable).get("dict_vt"), "items", None
-            )  # getattr may make Dynamo trace more
+            known = vars(variable).get("dict_vt")  # getattr may make Dynamo trace more
+            items = getattr(known, "items", None)
             written: Any = getattr(items, "side_effects", effects)
             if written is effects or isinstance(variable, BaseUserFunctionVariable):
                 continue

@@ -1,8 +1,7 @@
 """Dynamo's fake results, each distinct call worked out once a capture.
 
-Dynamo runs every operation that it meets on fake tensors, to know the result's size and type: a third of
-what a capture takes. A segment-recurrent model calls the same operations on tensors of the same sizes once a
-layer and segment.
+Dynamo runs every operation that it meets on fake tensors, to know the result's size and type. A
+segment-recurrent model calls the same operations on tensors of the same sizes once a layer and segment.
 
 Where a call made nothing but ordinary tensors, without a gradient, the next one with the same arguments is
 given tensors of the same geometry in the same memory: an argument's, or their own. Anything else is worked

@@ -1,7 +1,7 @@
 """The user's lines that an operation comes from, recorded at less cost than Dynamo takes.
 
-Dynamo draws the whole stack anew for each operation, with marks under the columns: more than a tenth of
-what a capture takes. Here each line is drawn once, without marks.
+Dynamo draws the whole stack anew for each operation, with marks under the columns. Here each line is drawn
+once, without marks.
 """
 
 from __future__ import annotations
